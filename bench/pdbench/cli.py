@@ -1,0 +1,46 @@
+"""The `pdbench` command: one verb a module, imported only when it is called (`emulate` must not load pandas)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from pdbench import __version__
+
+#: verb -> (module with `main(argv) -> exit code`, extra that installs what it needs, one line of help)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "run": ("pdbench.run.cli", "run", "load an endpoint and record every request"),
+    "emulate": ("pdbench.emulate.cli", "", "serve as an SGLang prefill, decode or aggregated worker, without a GPU"),
+    "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
+    "report": ("pdbench.report.cli", "report", "plots and report.html from a run's folder"),
+}
+
+
+def usage() -> str:
+    """Return the help text of the bare command."""
+    rows = "\n".join(f"  {verb:<10}{text}" for verb, (_, _, text) in VERBS.items())
+    return f"usage: pdbench VERB [options]     (pdbench VERB --help explains the verb)\n\n{rows}\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 good, 1 could not, 2 bad usage, 3 measured but invalid."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"pdbench {__version__}")
+        return 0
+    if args[0] not in VERBS:
+        print(f"pdbench: unknown verb {args[0]!r}; one of: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module, extra, _ = VERBS[args[0]]
+    try:
+        verb = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("pdbench"):
+            raise
+        print(f"pdbench {args[0]} needs {missing.name}: pip install 'pdbench[{extra}]'", file=sys.stderr)
+        return 1
+    code: int = verb.main(args[1:])
+    return code
