@@ -1,0 +1,75 @@
+"""What a host has: GPUs, RDMA devices, addresses, service manager."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List
+
+Json = Dict[str, Any]
+
+
+def parse_gpus(text: str) -> List[Json]:
+    """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits`` (MiB)."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    return [{"index": int(row[0]), "name": row[1], "memory_mib": int(row[2])} for row in rows]
+
+
+def gpus() -> List[Json]:
+    """Return the host's NVIDIA GPUs, none where there is no driver."""
+    tool = shutil.which("nvidia-smi")
+    if not tool:
+        return []
+    query = [tool, "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    return parse_gpus(done.stdout) if done.returncode == 0 else []
+
+
+def rdma(root: Path = Path("/sys/class/infiniband")) -> Dict[str, Json]:
+    """Return the RDMA devices: name -> {state, fabric} of the first active port (else of port 1)."""
+    found: Dict[str, Json] = {}
+    for device in sorted(root.glob("*")):
+        ports = []
+        for port in sorted((device / "ports").glob("*")):
+            try:
+                state = (port / "state").read_text().strip().partition(": ")[2]
+                layer = (port / "link_layer").read_text().strip()
+            except OSError:
+                continue
+            ports.append({"port": int(port.name), "state": state, "fabric": "infiniband" if layer == "InfiniBand" else "roce"})
+        ports.sort(key=lambda p: (p["state"] != "ACTIVE", p["port"]))
+        if ports:
+            found[device.name] = ports[0]
+    return found
+
+
+def addresses() -> List[str]:
+    """Return the host's IPv4 and IPv6 addresses."""
+    tool = shutil.which("ip")
+    if not tool:
+        return []
+    done = subprocess.run([tool, "-o", "addr", "show"], capture_output=True, text=True, check=False)
+    return [word.split()[3].split("/")[0] for word in done.stdout.splitlines() if len(word.split()) > 3]
+
+
+def service_manager() -> str:
+    """Return ``systemd`` where it is PID 1 and we are root, else ``supervisord``."""
+    try:
+        first = Path("/proc/1/comm").read_text().strip()
+    except OSError:
+        first = ""
+    return "systemd" if first == "systemd" and os.geteuid() == 0 else "supervisord"
+
+
+def gather(accelerators: bool) -> Json:
+    """Return the facts that the plan reads; GPUs and RDMA devices only where the engine uses real ones."""
+    found: Json = {"service_manager": service_manager()}
+    known = addresses()
+    if known:
+        found["addresses"] = known
+    if accelerators:
+        cards = gpus()
+        found.update({"gpu_cards": cards, "gpus": [card["index"] for card in cards], "rdma": rdma()})
+    return found

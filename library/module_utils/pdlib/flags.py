@@ -1,0 +1,98 @@
+"""Engine flags: what the user wrote, checked against the flag table of the pinned version.
+
+The tables under ``flags/`` are made from the engines themselves by ``tools/flag_table.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from .errors import UserError, did_you_mean
+
+_FOLDER = Path(__file__).with_name("flags")
+
+
+@dataclass(frozen=True)
+class FlagTable:
+    """The flags of one engine version: long spelling (no dashes) -> its row; aliases; removed flags with what to use."""
+
+    engine: str
+    version: str
+    flags: Mapping[str, Mapping[str, Any]]
+    aliases: Mapping[str, str]
+    removed: Mapping[str, str]
+
+
+def versions(engine: str) -> List[str]:
+    """Return the versions of ``engine`` that have a flag table."""
+    return sorted(path.stem[len(engine) + 1 :] for path in _FOLDER.glob(f"{engine}-*.json"))
+
+
+def load(engine: str, version: str) -> FlagTable:
+    """Return the table of one engine version."""
+    raw = json.loads((_FOLDER / f"{engine}-{version}.json").read_text())
+    flags = {row["flag"].lstrip("-"): row for row in raw["flags"]}
+    aliases = {alias.lstrip("-"): name for name, row in flags.items() for alias in row["aliases"]}
+    removed = {name.lstrip("-"): advice for name, advice in raw.get("removed", {}).items()}
+    return FlagTable(engine, version, flags, aliases, removed)
+
+
+def _check_value(name: str, value: Any, row: Mapping[str, Any], where: str) -> None:
+    if row["type"] == "bool" and row.get("nargs") in (None, 0):
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {name} is a switch; give true or false, not {value!r}")
+        return
+    if isinstance(value, bool) and row["type"] != "bool":
+        raise UserError(f"{where}: {name} takes a value ({row['type']}), not {str(value).lower()}")
+    for item in value if isinstance(value, list) else [value]:
+        if row["type"] in ("int", "float"):
+            try:
+                (int if row["type"] == "int" else float)(str(item))
+            except ValueError:
+                raise UserError(f"{where}: {name}={item!r}: expected {row['type']}") from None
+        choices = [str(choice) for choice in row.get("choices") or []]
+        if choices and str(item) not in choices:
+            raise UserError(f"{where}: {name}={item!r}: one of {', '.join(choices)}{did_you_mean(str(item), choices)}")
+
+
+def canonical(table: FlagTable, args: Mapping[str, Any], where: str, owned: Mapping[str, str]) -> Dict[str, Any]:
+    """Return ``args`` under the engine's own long spelling; raise UserError for a flag or value that it has not.
+
+    ``owned``: flags that the plan sets -> the variable to set instead.
+    """
+    result: Dict[str, Any] = {}
+    for given, value in args.items():
+        name = given.lstrip("-").replace("_", "-")
+        name = table.aliases.get(name, name)
+        if name in owned:
+            raise UserError(f"{where}: {given} is set by the plan; set {owned[name]} instead")
+        if name in table.removed:
+            raise UserError(f"{where}: {table.engine} {table.version} has no {name} any more: {table.removed[name]}")
+        if name not in table.flags:
+            hint = did_you_mean(name, [*table.flags, *table.aliases])
+            raise UserError(f"{where}: {table.engine} {table.version} has no flag {given}{hint}")
+        if value is not None:
+            _check_value(name, value, table.flags[name], where)
+        result[name] = value
+    return result
+
+
+def argv(args: Mapping[str, Any]) -> List[str]:
+    """Return command-line items: ``--flag value``, a switch alone when true, nothing when false or null."""
+    items: List[str] = []
+    for name, value in args.items():
+        if value is None or value is False:
+            continue
+        items.append(f"--{name}")
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, Mapping):
+            items.append(json.dumps(value, separators=(",", ":")))
+        elif isinstance(value, (list, tuple)):
+            items += [str(item) for item in value]
+        else:
+            items.append(str(value))
+    return items

@@ -1,0 +1,189 @@
+"""The router's members and readiness: what the user would call ready, not what a process says of itself."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from urllib.parse import urlsplit
+
+from .errors import UserError, listing
+from .reconcile import STEP_S, Outcome
+
+Json = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker as the router knows it: ``role`` is prefill, decode or regular (aggregated)."""
+
+    url: str
+    role: str
+    bootstrap_port: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What makes the router's members the wanted ones: ids to remove, members to add."""
+
+    remove: Tuple[Tuple[str, Member], ...] = field(default_factory=tuple)
+    add: Tuple[Member, ...] = field(default_factory=tuple)
+
+
+def wanted_members(plan: Mapping[str, Any]) -> List[Member]:
+    """Return the members that the plan wants."""
+    return [
+        Member(w["url"], "regular" if w["role"] == "aggregated" else w["role"], w["ranks"][0].get("bootstrap_port"))
+        for w in plan["workers"]
+    ]
+
+
+def known_members(answer: Mapping[str, Any]) -> List[Tuple[str, Member, bool]]:
+    """Return (id, member, healthy) of the router's ``GET /workers``."""
+    return [
+        (row["id"], Member(row["url"].rstrip("/"), row["worker_type"], row.get("bootstrap_port")), bool(row["is_healthy"]))
+        for row in answer["workers"]
+    ]
+
+
+def difference(known: Sequence[Tuple[str, Member, bool]], wanted: Sequence[Member]) -> Change:
+    """Return the least change; a worker whose role or bootstrap port is another is removed and added."""
+    present = {member for _, member, _ in known}
+    return Change(
+        remove=tuple((worker_id, member) for worker_id, member, _ in known if member not in wanted),
+        add=tuple(member for member in wanted if member not in present),
+    )
+
+
+class Gateway:
+    """HTTP to the router and the workers; ``key``: the shared API key, None without one."""
+
+    def __init__(self, url: str, key: Optional[str]):
+        self.url, self.key = url, key
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def request(self, method: str, url: str, body: Optional[Json] = None, timeout_s: float = 5.0) -> Tuple[int, str]:
+        """Return (HTTP status, text); status 0 and the reason when there was no answer."""
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        call = urllib.request.Request(url, data=data, headers=headers, method=method)
+        try:
+            with self._opener.open(call, timeout=timeout_s) as answer:
+                return int(answer.status), answer.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
+        except (OSError, ValueError) as error:
+            return 0, str(getattr(error, "reason", error))
+
+    def members(self) -> Optional[List[Tuple[str, Member, bool]]]:
+        """Return the router's members, None while it does not answer."""
+        status, text = self.request("GET", f"{self.url}/workers")
+        if status in (401, 403):
+            raise UserError(f"the router at {self.url} refuses the key (HTTP {status}): was it deployed with another api_key?")
+        return known_members(json.loads(text)) if status == 200 else None
+
+    # -- steps
+
+    def remove_surplus(self, wanted: Sequence[Member], check: bool) -> Outcome:
+        """Take out of the router what is about to stop, so that nothing is sent there; without a router: nothing."""
+        outcome, known = Outcome(done=True), self.members()
+        for worker_id, member in difference(known or [], wanted).remove:
+            outcome.changed.append(f"removed {member.role} {member.url} from the router")
+            if not check:
+                self.request("DELETE", f"{self.url}/workers/{worker_id}")
+        if outcome.changed and not check:
+            gone = self._settle(lambda known: not difference(known, wanted).remove)
+            if not gone:
+                raise UserError(f"the router at {self.url} does not let go of workers that were deleted")
+        return outcome
+
+    def _settle(self, good: Any) -> bool:
+        end = time.monotonic() + STEP_S
+        while time.monotonic() < end:
+            known = self.members()
+            if known is not None and good(known):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def converge(self, wanted: Sequence[Member], check: bool, resumed: bool) -> Outcome:
+        """Add missing members and wait until the router counts every one of them as healthy."""
+        outcome, known = Outcome(), self.members()
+        if known is None:
+            outcome.done, outcome.message = check, f"waiting for the router at {self.url}"
+            return outcome
+        change = difference(known, wanted)
+        for worker_id, member in change.remove:
+            outcome.changed.append(f"removed {member.role} {member.url} from the router")
+            if not check:
+                self.request("DELETE", f"{self.url}/workers/{worker_id}")
+        # A router that was just started registers its own members by itself; give it one step before adding.
+        for member in change.add if resumed or any(member in wanted for _, member, _ in known) else ():
+            outcome.changed.append(f"added {member.role} {member.url} to the router")
+            if not check:
+                body = {"url": member.url, "worker_type": member.role, "bootstrap_port": member.bootstrap_port}
+                self.request("POST", f"{self.url}/workers", {k: v for k, v in body.items() if v is not None})
+        if check:
+            outcome.done = True
+            return outcome
+        self._settle(lambda known: not self._missing(known, wanted))
+        missing = self._missing(self.members() or [], wanted)
+        status, _ = self.request("GET", f"{self.url}/readiness")
+        outcome.done = not missing and status == 200
+        ready = len(wanted) - len(missing)
+        outcome.message = (
+            f"the router counts {ready} of {len(wanted)} workers as healthy; waiting for {listing(missing) or '/readiness'}"
+        )
+        return outcome
+
+    @staticmethod
+    def _missing(known: Sequence[Tuple[str, Member, bool]], wanted: Sequence[Member]) -> List[str]:
+        good = {member for _, member, healthy in known if healthy}
+        surplus = [f"{member.url} to go" for _, member, _ in known if member not in wanted]
+        return [f"{member.role} {member.url}" for member in wanted if member not in good] + surplus
+
+    # -- pairs
+
+    def probe_pairs(self, plan: Mapping[str, Any], timeout_s: float) -> List[Json]:
+        """Send one request over every prefill-decode pair (aggregated: to every worker), to both ends directly.
+
+        Round robin at equal counts never visits all pairs, so the router cannot be asked to. Returns one row a pair:
+        prefill, decode, seconds, error ("" when it went well).
+        """
+        urls = {w["name"]: w for w in plan["workers"]}
+        pairs = [(pair["prefill"], pair["decode"]) for pair in plan["pairs"]]
+        ends: List[Tuple[Optional[str], str]] = [*pairs] or [(None, name) for name in urls]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(lambda pair: self._probe(urls, pair[0], pair[1], timeout_s), ends))
+
+    def _probe(self, workers: Mapping[str, Any], prefill: Optional[str], last: str, timeout_s: float) -> Json:
+        body: Json = {
+            "input_ids": [random.randint(300, 3800) for _ in range(32)],
+            "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+        }
+        ends = [last]
+        if prefill is not None:
+            rank = workers[prefill]["ranks"][0]
+            host = urlsplit(workers[prefill]["url"]).hostname
+            room = random.getrandbits(63)
+            body.update({"bootstrap_host": host, "bootstrap_port": rank["bootstrap_port"], "bootstrap_room": room})
+            ends = [prefill, last]
+        started = time.monotonic()
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            answers = list(pool.map(lambda end: self.request("POST", f"{workers[end]['url']}/generate", body, timeout_s), ends))
+        errors = [
+            f"{end}: HTTP {status} {text.strip()[:300]}" if status else f"{end}: no answer ({text[:200]})"
+            for end, (status, text) in zip(ends, answers)
+            if status != 200
+        ]
+        if not errors and json.loads(answers[-1][1]).get("meta_info", {}).get("completion_tokens") != 4:
+            errors = [f"{last}: answered, but not with the 4 tokens that were asked for: {answers[-1][1][:200]}"]
+        seconds = time.monotonic() - started
+        return {"prefill": prefill or "", "decode": last, "seconds": round(seconds, 3), "error": "; ".join(errors)}

@@ -1,0 +1,237 @@
+"""Service managers behind one face: supervisord (containers, no root) and systemd."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import time
+import xmlrpc.client
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Mapping, Sequence, Tuple, Type, Union
+
+from . import units as render
+from .errors import UserError
+
+Json = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A unit as its manager sees it. ``state``: running, starting, stopping, stopped or dead; ``pid`` 0 when none."""
+
+    state: str
+    pid: int
+    detail: str = ""
+
+
+def tail(path: Path, lines: int) -> str:
+    """Return a file's last lines ('' when it is not there)."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 64 * 1024))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def write(path: Path, text: str, mode: int) -> bool:
+    """Write a file atomically where its text or mode differs; return whether it did."""
+    try:
+        if path.read_text() == text and path.stat().st_mode & 0o777 == mode:
+            return False
+    except OSError:
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(text)
+    os.chmod(fresh, mode)
+    os.replace(fresh, path)
+    return True
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    """XML-RPC over a unix socket."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("localhost", timeout=20)
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(20)
+        connection.sock.connect(self.path)
+        return connection
+
+
+class Supervisord:
+    """supervisord in the state directory, started by us, listening on a socket of ours only."""
+
+    _STATES = {
+        0: "stopped", 10: "starting", 20: "running", 30: "dead", 40: "stopping", 100: "dead", 200: "dead", 1000: "dead",
+    }  # fmt: skip
+
+    def __init__(self, state_dir: str, install_dir: str, ratio: str):
+        self.home, self.install = Path(state_dir), Path(install_dir)
+        self.socket = render.socket_path(state_dir)
+        self._rpc = xmlrpc.client.ServerProxy("http://localhost", transport=_UnixTransport(self.socket))
+
+    def files(self, units: Sequence[Mapping[str, Any]]) -> Dict[Path, Tuple[str, int]]:
+        """Return the files of the units: path -> (text, mode)."""
+        home = str(self.home)
+        result = {self.home / "supervisord.conf": (render.supervisor_conf(home, self.socket), 0o600)}
+        for unit in units:
+            name = unit["name"]
+            result[self.home / "conf.d" / f"{name}.conf"] = (render.supervisor_program(unit, home), 0o600)
+            result[self.home / "units" / f"{name}.sh"] = (render.run_script(unit, home), 0o700)
+        return result
+
+    def _call(self, name: str, *args: Any) -> Any:
+        return getattr(self._rpc.supervisor, name)(*args)
+
+    def _up(self) -> bool:
+        try:
+            self._call("getState")
+            return True
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def status(self) -> Dict[str, Status]:
+        """Return every unit's status ({} while supervisord is not there)."""
+        if not self._up():
+            return {}
+        return {
+            row["name"]: Status(self._STATES[row["state"]], row["pid"], row["spawnerr"] or row["description"])
+            for row in self._call("getAllProcessInfo")
+        }
+
+    def reload(self) -> None:
+        """Make the manager know the files as they are; running units stay as they are."""
+        for folder in ("log", "conf.d", "units"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+        if not self._up():
+            program = self.install / "supervisor" / "bin" / "supervisord"
+            env = {**os.environ, "PD_STATE_DIR": str(self.home), "PD_UNIT": "supervisord"}
+            Path(self.socket).unlink(missing_ok=True)
+            started = subprocess.run(
+                [str(program), "-c", str(self.home / "supervisord.conf")], env=env, cwd="/", capture_output=True, text=True,
+                check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            end = time.monotonic() + 10
+            while not self._up():
+                if started.returncode or time.monotonic() > end:
+                    raise UserError(f"supervisord does not start: {started.stderr.strip() or started.stdout.strip()}")
+                time.sleep(0.05)
+        added, changed, removed = self._call("reloadConfig")[0]
+        for name in [*changed, *removed]:
+            if self._call("getProcessInfo", name)["state"] in (0, 100, 200, 1000):
+                self._call("removeProcessGroup", name)
+        known = {row["name"] for row in self._call("getAllProcessInfo")}
+        for name in [*added, *changed]:
+            if name not in known:
+                self._call("addProcessGroup", name)
+
+    def start(self, names: Sequence[str]) -> None:
+        """Start units; do not wait."""
+        for name in names:
+            self._call("startProcess", name, False)
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Stop units; do not wait."""
+        for name in names:
+            try:
+                self._call("stopProcess", name, False)
+            except xmlrpc.client.Fault as fault:
+                if "NOT_RUNNING" not in fault.faultString:
+                    raise
+
+    def log_tail(self, name: str, lines: int = 25) -> str:
+        """Return the end of a unit's log."""
+        return tail(self.home / "log" / f"{name}.log", lines)
+
+    def shutdown(self) -> None:
+        """End the manager itself."""
+        if self._up():
+            self._call("shutdown")
+            end = time.monotonic() + 20
+            while self._up() and time.monotonic() < end:
+                time.sleep(0.05)
+        Path(self.socket).unlink(missing_ok=True)
+
+
+class Systemd:
+    """systemd units under /etc/systemd/system."""
+
+    UNITS = Path("/etc/systemd/system")
+
+    def __init__(self, state_dir: str, install_dir: str, ratio: str):
+        self.home, self.ratio = Path(state_dir), ratio
+
+    def files(self, units: Sequence[Mapping[str, Any]]) -> Dict[Path, Tuple[str, int]]:
+        """Return the files of the units: path -> (text, mode)."""
+        result = {self.UNITS / "pd.target": (render.systemd_target(), 0o644)}
+        for unit in units:
+            name = unit["name"]
+            result[self.UNITS / f"{name}.service"] = (render.systemd_unit(unit, str(self.home), self.ratio), 0o644)
+            result[self.home / "units" / f"{name}.env"] = (render.systemd_env(unit, str(self.home)), 0o600)
+        return result
+
+    @staticmethod
+    def _systemctl(*args: str) -> str:
+        done = subprocess.run(["systemctl", *args], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"systemctl {' '.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def status(self) -> Dict[str, Status]:
+        """Return the status of every unit of ours that has a file."""
+        result: Dict[str, Status] = {}
+        states = {
+            "active": "running",
+            "activating": "starting",
+            "deactivating": "stopping",
+            "failed": "dead",
+            "reloading": "running",
+        }
+        for path in sorted(self.UNITS.glob("pd-*.service")):
+            shown = self._systemctl("show", "-p", "ActiveState,SubState,MainPID,Result", path.name)
+            row = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+            state = "dead" if row["SubState"] == "auto-restart" else states.get(row["ActiveState"], "stopped")
+            result[path.stem] = Status(state, int(row["MainPID"]), f"{row['SubState']}, result {row['Result']}")
+        return result
+
+    def reload(self) -> None:
+        """Make systemd read the unit files; running units stay as they are."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._systemctl("daemon-reload")
+        names = [path.name for path in self.UNITS.glob("pd-*.service")]
+        self._systemctl("enable", "--quiet", "pd.target", *names)
+
+    def start(self, names: Sequence[str]) -> None:
+        """Start units; do not wait."""
+        self._systemctl("reset-failed", *(f"{name}.service" for name in names))
+        self._systemctl("start", "--no-block", "pd.target", *(f"{name}.service" for name in names))
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Stop units; do not wait."""
+        self._systemctl("stop", "--no-block", *(f"{name}.service" for name in names))
+
+    def log_tail(self, name: str, lines: int = 25) -> str:
+        """Return the end of a unit's journal."""
+        command = ["journalctl", "-u", f"{name}.service", "-n", str(lines), "--no-pager", "-o", "cat"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    def shutdown(self) -> None:
+        """Forget the target (the units' files are gone by then)."""
+        if (self.UNITS / "pd.target").exists():
+            self._systemctl("disable", "--quiet", "pd.target")
+            (self.UNITS / "pd.target").unlink()
+        self._systemctl("daemon-reload")
+
+
+MANAGERS: Dict[str, Union[Type[Supervisord], Type[Systemd]]] = {"supervisord": Supervisord, "systemd": Systemd}

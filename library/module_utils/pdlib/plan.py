@@ -1,0 +1,439 @@
+"""The plan: the one description of what runs where, made from inventory, ratio and what runs today. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
+
+from . import engines, flags
+from . import ratio as ratios
+from .errors import UserError, listing
+from .fabric import Link, choose_backend, expected_transport
+from .topology import Host, Placed, RoleShape, attempt, place
+
+GROUPS = ("prefill_nodes", "decode_nodes", "router", "bench_clients")
+ROLE_GROUPS = {"prefill": ("prefill_nodes",), "decode": ("decode_nodes",), "aggregated": ("prefill_nodes", "decode_nodes")}
+#: Workers keep their ports while these lie within this many of the base.
+_PORT_SPAN = 1000
+
+Json = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a plan is made from.
+
+    ``groups``: group -> hosts in inventory order; ``cluster`` and ``hosts``: typed settings (settings.py); ``limit``: the
+    hosts of ``--limit``, None without one; ``current``: the deployed plan; ``discovered``: host -> facts found there;
+    ``overrides``: the extra-vars that the deployment is made with (no secrets).
+    """
+
+    groups: Mapping[str, Sequence[str]]
+    cluster: Mapping[str, Any]
+    hosts: Mapping[str, Mapping[str, Any]]
+    limit: Optional[FrozenSet[str]] = None
+    current: Optional[Json] = None
+    discovered: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_groups(groups: Mapping[str, Sequence[str]], ratio: ratios.Ratio) -> None:
+    """Refuse groups in which the ratio cannot find its hosts."""
+    check_group_names(groups)
+    if len(groups["router"]) != 1:
+        raise UserError(f"the group router has {len(groups['router'])} hosts ({listing(groups['router'])}): it takes exactly one")
+    for role in ratio.counts():
+        if not any(groups[group] for group in ROLE_GROUPS[role]):
+            raise UserError(f"ratio {ratio} needs hosts in {' or '.join(ROLE_GROUPS[role])}, and there is none")
+
+
+class Planner:
+    """Makes one plan; :func:`make_plan` is the way in."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.cluster = inputs, inputs.cluster
+        self.ratio = ratios.parse(self.cluster["ratio"])
+        check_groups(inputs.groups, self.ratio)
+        self.engine = engines.engine(self.cluster["engine"])
+        self.version = self._engine_version()
+        self.router = engines.router(self.cluster["router"])
+        if self.engine.needs_model and not self.cluster["model"]:
+            raise UserError(
+                f"model is not set: engine {self.engine.name} needs a path or hub name, such as -e model=Qwen/Qwen2.5-3B-Instruct"
+            )
+        self.model = self.cluster["model"] or self.engine.name
+        self.router_host = inputs.groups["router"][0]
+        self.worker_hosts = list(dict.fromkeys([*inputs.groups["prefill_nodes"], *inputs.groups["decode_nodes"]]))
+        self.shape = {role: self._shape(role) for role in ("prefill", "decode", "aggregated")}
+        self.table = flags.load(self.engine.name, self.version)
+
+    def _engine_version(self) -> str:
+        version = self.cluster["engine_version"] or self.engine.default_version
+        known = flags.versions(self.engine.name)
+        if version not in known:
+            raise UserError(
+                f"engine_version={version!r}: {self.engine.name} is supported in {', '.join(known)}; "
+                "tools/flag_table.py makes the flag table of another one"
+            )
+        return str(version)
+
+    def _shape(self, role: str) -> RoleShape:
+        gpus = self.cluster.get(f"{role}_tensor_parallel_size") or self.cluster["tensor_parallel_size"]
+        nodes = self.cluster.get(f"{role}_nodes_per_worker") or self.cluster["nodes_per_worker"]
+        if gpus % nodes:
+            raise UserError(f"tensor_parallel_size={gpus} does not divide over nodes_per_worker={nodes} hosts ({role} workers)")
+        return RoleShape(gpus=gpus, nodes=nodes)
+
+    # -- hosts
+
+    def _gpus(self, name: str) -> Tuple[int, ...]:
+        declared = self.inputs.hosts[name]["gpus"]
+        found = self.inputs.discovered.get(name, {}).get("gpus")
+        if declared is None or declared == "auto":
+            if found is None:
+                raise UserError(
+                    f"gpus is not declared for host {name}: set a count or a list of indices in its host_vars "
+                    "(`auto` is filled in by deploy_pd.yml, which contacts the host)"
+                )
+            return tuple(found)
+        if found is not None and not set(declared) <= set(found):
+            raise UserError(f"host {name}: gpus declares {list(declared)}, and the host has {list(found) or 'none'}")
+        if len(set(declared)) != len(declared):
+            raise UserError(f"host {name}: gpus lists an index twice: {list(declared)}")
+        return tuple(declared)
+
+    def _role_gpus(self, name: str, role: str, gpus: Tuple[int, ...]) -> Tuple[int, ...]:
+        wanted = self.inputs.hosts[name].get(f"{role}_gpus")
+        if wanted is None:
+            return gpus
+        if not set(wanted) <= set(gpus):
+            raise UserError(f"host {name}: {role}_gpus={wanted} names GPUs that are not in gpus={list(gpus)}")
+        return tuple(wanted)
+
+    def _host(self, name: str) -> Host:
+        gpus = self._gpus(name)
+        roles = [role for role, groups in ROLE_GROUPS.items() if any(name in self.inputs.groups[group] for group in groups)]
+        order = {
+            role: min(
+                list(self.inputs.groups[group]).index(name) for group in ROLE_GROUPS[role] if name in self.inputs.groups[group]
+            )
+            for role in roles
+        }
+        if "aggregated" in order:
+            order["aggregated"] = self.worker_hosts.index(name)
+        limit = self.inputs.limit
+        return Host(
+            name=name,
+            gpus={role: self._role_gpus(name, role, gpus) for role in roles},
+            order=order,
+            shared=bool(self.inputs.hosts[name]["gpus_shared"]),
+            frozen=limit is not None and name not in limit,
+        )
+
+    def _address(self, name: str) -> str:
+        declared = self.inputs.hosts[name]["address"]
+        found = self.inputs.discovered.get(name, {}).get("addresses")
+        if declared is None:
+            default = self.inputs.discovered.get(name, {}).get("default_address")
+            if default is None:
+                raise UserError(f"address is not declared for host {name}: set the one at which the other hosts reach it")
+            return str(default)
+        if found is not None and declared not in found and not declared.startswith("127."):
+            raise UserError(f"host {name}: address={declared} is none of the host's own ({', '.join(found)})")
+        return str(declared)
+
+    def _link(self, name: str) -> Link:
+        host, found = self.inputs.hosts[name], self.inputs.discovered.get(name, {}).get("rdma")
+        fabric, devices = host["rdma_fabric"], host["rdma_devices"]
+        excluded = set(host["rdma_devices_excluded"])
+        if devices and excluded & set(devices):
+            both = listing(sorted(excluded & set(devices)))
+            raise UserError(f"host {name}: {both} stands in rdma_devices and in rdma_devices_excluded")
+        if found is not None:
+            active = {dev: port for dev, port in found.items() if port["state"] == "ACTIVE" and dev not in excluded}
+            wrong = [dev for dev in devices or [] if dev not in active]
+            if wrong:
+                seen = listing(f"{dev} ({port['state'].lower()})" for dev, port in sorted(found.items())) or "no RDMA device"
+                raise UserError(f"host {name}: rdma_devices names {listing(wrong)}; the host has {seen}")
+            devices = sorted(active) if devices is None else devices
+            kinds = {active[dev]["fabric"] for dev in devices} or {"none"}
+            if fabric == "auto":
+                fabric = kinds.pop() if len(kinds) == 1 else "auto"
+            elif fabric not in kinds:
+                raise UserError(f"host {name}: rdma_fabric={fabric}, and its devices are on {listing(sorted(kinds))}")
+        return Link(fabric=fabric, devices=tuple(devices or ()) if fabric != "none" else ())
+
+    def accelerated(self, name: str) -> bool:
+        """Whether the host's workers use real accelerators, so that these are looked for on it."""
+        settings = self.inputs.hosts[name]
+        on_cpu = any(self._engine_args(name, role).get("device") == "cpu" for role in ("prefill", "decode", "aggregated"))
+        return not self.engine.emulated and not on_cpu and name in self.worker_hosts and settings["gpus"] is not None
+
+    # -- placement
+
+    def _current(self) -> List[Placed]:
+        plan = self.inputs.current
+        if not plan:
+            return []
+        return [
+            Placed(w["name"], w["role"], tuple((rank["host"], tuple(rank["gpus"])) for rank in w["ranks"]))
+            for w in plan["workers"]
+        ]
+
+    def _placement(self) -> List[Placed]:
+        hosts, current = [self._host(name) for name in self.worker_hosts], self._current()
+        limit = self.inputs.limit
+        found = attempt(self.ratio, self.shape, hosts, current)
+        if found is None and limit is not None:
+            thawed = [Host(h.name, h.gpus, h.order, h.shared) for h in hosts]
+            open_plan = attempt(self.ratio, self.shape, thawed, current)
+            if open_plan is not None:
+                needed = {host for worker in open_plan for host, _ in worker.ranks}
+                needed |= {host for worker in current if worker not in open_plan for host, _ in worker.ranks}
+                missing = sorted((needed & {h.name for h in hosts}) - limit, key=self.worker_hosts.index)
+                raise UserError(
+                    f"ratio {self.ratio} does not fit the hosts of --limit: it needs {listing(missing)}, too; "
+                    f"type -l {','.join([*sorted(limit, key=self._inventory_order), *missing])}"
+                )
+        return found if found is not None else place(self.ratio, self.shape, hosts, current)
+
+    def _inventory_order(self, name: str) -> int:
+        everyone = list(dict.fromkeys(host for group in GROUPS for host in self.inputs.groups[group]))
+        return everyone.index(name) if name in everyone else len(everyone)
+
+    def check_limit(self, also: Sequence[str] = ()) -> None:
+        """Refuse a ``--limit`` that leaves out the router (or a host of ``also``), naming it and what to type."""
+        limit = self.inputs.limit
+        for host, what in [(self.router_host, "the router"), *((name, "the bench client") for name in also)]:
+            if limit is not None and host not in limit:
+                typed = ",".join(sorted({*limit, host}, key=self._inventory_order))
+                raise UserError(f"--limit leaves out {host}, {what}: type -l {typed}")
+
+    # -- ports
+
+    def _kept(self, name: str) -> Optional[Json]:
+        for worker in (self.inputs.current or {}).get("workers", []):
+            if worker["name"] == name:
+                return dict(worker)
+        return None
+
+    def _ports(self, placed: Sequence[Placed], addresses: Mapping[str, str]) -> Dict[str, Dict[str, int]]:
+        """Worker -> its ports by kind; sticky, and never one twice on an address."""
+        used: Dict[str, Set[int]] = {}
+        router = used.setdefault(addresses[self.router_host], set())
+        router |= {self.cluster["router_port"], self.cluster["router_prometheus_port"]}
+        result: Dict[str, Dict[str, int]] = {worker.name: {} for worker in placed}
+        wanted: List[Tuple[Placed, str, int]] = []
+        for worker in placed:
+            kinds = {"port": self.cluster["worker_port_base"]}
+            if worker.role == "prefill":
+                kinds["bootstrap_port"] = self.cluster["bootstrap_port_base"]
+            if len(worker.ranks) > 1:
+                kinds["dist_init_port"] = self.cluster["dist_init_port_base"]
+            kept = self._kept(worker.name)
+            same = kept is not None and kept["role"] == worker.role and kept["ranks"][0]["host"] == worker.ranks[0][0]
+            taken = [used.setdefault(addresses[host], set()) for host, _ in worker.ranks]
+            for kind, base in kinds.items():
+                old = kept["ranks"][0].get(kind) if kept and same else None
+                if old and base <= old < base + _PORT_SPAN and not any(old in ports for ports in taken):
+                    result[worker.name][kind] = old
+                    for ports in taken:
+                        ports.add(old)
+                else:
+                    wanted.append((worker, kind, base))
+        for worker, kind, base in wanted:
+            taken = [used.setdefault(addresses[host], set()) for host, _ in worker.ranks]
+            port = next((p for p in range(base, 65536) if not any(p in ports for ports in taken)), None)
+            if port is None:
+                raise UserError(f"no port is left from {base} on for {worker.name} on {worker.ranks[0][0]}")
+            result[worker.name][kind] = port
+            for ports in taken:
+                ports.add(port)
+        return result
+
+    # -- processes
+
+    def _engine_args(self, host: str, role: str) -> Json:
+        """The user's flags for one rank: general ones, overlaid by the role's."""
+        settings, result = self.inputs.hosts[host], {}
+        for name in ("engine_args", f"{role}_engine_args"):
+            where = f"{name} (host {host})"
+            result.update(flags.canonical(self.table, settings.get(name) or {}, where, self.engine.owned))
+        return result
+
+    def _python(self, host: str) -> str:
+        settings = self.inputs.hosts[host]
+        if settings["runtime"] == "existing":
+            if not settings["engine_python"]:
+                raise UserError(f"host {host}: runtime is existing, so engine_python must name the Python that has the engine")
+            return str(settings["engine_python"])
+        return f"{settings['install_dir']}/{self.engine.name}-{self.version}/bin/python"
+
+    def _rank(
+        self,
+        worker: Placed,
+        index: int,
+        ports: Mapping[str, int],
+        backend: str,
+        transport: str,
+        addresses: Mapping[str, str],
+        links: Mapping[str, Link],
+    ) -> Json:
+        host, gpus = worker.ranks[index]
+        settings = self.inputs.hosts[host]
+        listen = settings["listen_address"] or addresses[host]
+        context = engines.WorkerContext(
+            role=worker.role, python=self._python(host), state_dir=settings["state_dir"], model=self.model,
+            served_model_name=self.cluster["served_model_name"] or self.model, listen=listen, port=ports["port"],
+            bootstrap_port=ports.get("bootstrap_port"), tensor_parallel_size=self.shape[worker.role].gpus,
+            nodes=len(worker.ranks), node_rank=index,
+            dist_init=f"{addresses[worker.ranks[0][0]]}:{ports.get('dist_init_port', 0)}", transfer_backend=backend,
+            transport=transport, rdma_devices=links[host].devices, tcp_device=settings["tcp_device"], gpus=gpus,
+            mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
+            api_key=self.cluster["api_key"] is not None, address=addresses[host],
+        )  # fmt: skip
+        given = {**self.engine.flags(context), **self._engine_args(host, worker.role)}
+        env = {**self.engine.env(context)}
+        for name in ("engine_env", f"{worker.role}_engine_env"):
+            env.update({key: str(value) for key, value in (settings.get(name) or {}).items()})
+        rank = {
+            "host": host, "node_rank": index, "gpus": list(gpus), "unit": f"pd-{worker.name}.service",
+            "argv": [*self.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],
+            "listen": listen, **ports, "rdma_devices": list(links[host].devices),
+        }  # fmt: skip
+        if index == 0:
+            rank["health_url"] = f"http://{addresses[host]}:{ports['port']}{self.engine.health_path(self.version)}"
+        return rank
+
+    def _check_shared_memory(self, placed: Sequence[Placed]) -> None:
+        for name in self.worker_hosts:
+            settings = self.inputs.hosts[name]
+            users: Dict[int, List[str]] = {}
+            for worker in placed:
+                for host, gpus in worker.ranks:
+                    for gpu in gpus if host == name else ():
+                        users.setdefault(gpu, []).append(worker.name)
+            both = [workers for workers in users.values() if len(workers) > 1]
+            if not both or self.engine.emulated:
+                continue
+            if settings["mem_fraction"] is None or settings["mem_fraction"] * 2 > 1:
+                raise UserError(
+                    f"host {name}: {listing(both[0])} share a GPU (gpus_shared), so mem_fraction must be set to at most 0.5"
+                )
+
+    def _router(self, workers: Sequence[Json], addresses: Mapping[str, str]) -> Json:
+        host, settings, cluster = self.router_host, self.inputs.hosts[self.router_host], self.cluster
+        listen = settings["listen_address"] or addresses[host]
+        context = engines.RouterContext(
+            python=f"{settings['install_dir']}/{self.router.name}-{self.router.version}/bin/python",
+            state_dir=settings["state_dir"], listen=listen, port=cluster["router_port"],
+            prometheus_port=cluster["router_prometheus_port"], policy=cluster["router_policy"],
+            prefill_policy=cluster["router_prefill_policy"], decode_policy=cluster["router_decode_policy"],
+            check_interval=cluster["router_health_check_interval"], disaggregated=self.ratio.disaggregated,
+            workers=[(w["role"], w["url"], w["ranks"][0].get("bootstrap_port")) for w in workers],
+            api_key=cluster["api_key"] is not None,
+        )  # fmt: skip
+        extra = {str(name).lstrip("-").replace("_", "-"): value for name, value in cluster["router_args"].items()}
+        for name in extra:
+            if name in self.router.owned:
+                raise UserError(f"router_args: {name} is set by the plan; set {self.router.owned[name]} instead")
+        members = self.router.members(context)
+        return {
+            "name": self.router.name, "version": self.router.version, "host": host, "unit": "pd-router.service",
+            "argv": [*self.router.command(context), *flags.argv({**self.router.flags(context), **extra}), *members],
+            "members": members, "env": {}, "address": addresses[host], "listen": listen, "port": cluster["router_port"],
+            "prometheus_port": cluster["router_prometheus_port"], "url": f"http://{addresses[host]}:{cluster['router_port']}",
+            "metrics_url": f"http://{addresses[host]}:{cluster['router_prometheus_port']}/metrics",
+        }  # fmt: skip
+
+    def _installs(self, host: str, has_worker: bool) -> List[Json]:
+        """Virtualenvs that the host needs, in the order in which they are made."""
+        settings = self.inputs.hosts[host]
+        rows: List[Json] = [{"name": "supervisor", "requirements": ["requirements/supervisor.txt"]}]
+        if host == self.router_host:
+            rows.append({"name": f"{self.router.name}-{self.router.version}", "requirements": list(self.router.requirements)})
+        if has_worker and settings["runtime"] == "venv":
+            wanted = settings["engine_requirements"] or self.engine.requirements(self.version)
+            rows.append({"name": f"{self.engine.name}-{self.version}", "requirements": list(wanted)})
+        return rows
+
+    def make(self) -> Json:
+        """Return the plan."""
+        self.check_limit()
+        placed = self._placement()
+        self._check_shared_memory(placed)
+        involved = list(dict.fromkeys([*(host for w in placed for host, _ in w.ranks), self.router_host]))
+        involved.sort(key=self._inventory_order)
+        addresses = {name: self._address(name) for name in involved}
+        links = {name: self._link(name) for name in involved}
+        ports = self._ports(placed, addresses)
+        ends = {w.name: w.ranks[0][0] for w in placed}
+        with_rank = {host for w in placed for host, _ in w.ranks}
+        pairs = [(p.name, d.name) for p in placed if p.role == "prefill" for d in placed if d.role == "decode"]
+        backend, reason = choose_backend(
+            self.cluster["transfer_backend"], self.engine.transfer_backends, [(ends[p], ends[d]) for p, d in pairs], links
+        )
+        on_cpu = {w.name: self._engine_args(ends[w.name], w.role).get("device") == "cpu" for w in placed}
+        seen = {pair: expected_transport(backend, ends[pair[0]], ends[pair[1]], links, on_cpu[pair[0]]) for pair in pairs}
+        workers: List[Json] = []
+        for worker in placed:
+            kinds = sorted({transport for pair, transport in seen.items() if worker.name in pair})
+            slowest = next((kind for kind in ("tcp", "rdma", "cuda_ipc") if kind in kinds), "")
+            ranks = [
+                self._rank(worker, index, ports[worker.name], backend, slowest, addresses, links)
+                for index in range(len(worker.ranks))
+            ]
+            url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
+            workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
+        return {
+            "schema": 1,
+            "ratio": str(self.ratio),
+            "engine": self.engine.name,
+            "engine_version": self.version,
+            "emulated": self.engine.emulated,
+            "model": self.model,
+            "served_model_name": self.cluster["served_model_name"] or self.model,
+            "api_key": self.cluster["api_key"] is not None,
+            "transfer_backend": backend,
+            "transfer_backend_reason": reason,
+            "pairs": [{"prefill": p, "decode": d, "expected_transport": seen[p, d]} for p, d in pairs],
+            "workers": workers,
+            "router": self._router(workers, addresses),
+            "hosts": {name: self._host_entry(name, addresses, links, name in with_rank) for name in involved},
+            "overrides": dict(self.inputs.overrides),
+        }
+
+    def _host_entry(self, name: str, addresses: Mapping[str, str], links: Mapping[str, Link], has_worker: bool) -> Json:
+        settings = self.inputs.hosts[name]
+        return {
+            "address": addresses[name],
+            "gpus": list(self._gpus(name)) if name in self.worker_hosts else [],
+            "rdma_fabric": links[name].fabric,
+            "rdma_devices": list(links[name].devices),
+            "service_manager": settings["service_manager"],
+            "state_dir": settings["state_dir"],
+            "install_dir": settings["install_dir"],
+            "venv_python": settings["venv_python"],
+            "installs": self._installs(name, has_worker),
+        }
+
+
+def make_plan(inputs: Inputs) -> Json:
+    """Return the plan as JSON (DESIGN section 2); raise UserError with everything the user needs to put it right."""
+    return Planner(inputs).make()
+
+
+def check_group_names(groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an inventory that lacks one of our groups (it may be empty, it may not be absent)."""
+    absent = [name for name in GROUPS if name not in groups]
+    if absent:
+        raise UserError(
+            f"the inventory has no group {listing(absent)}: every inventory defines {listing(GROUPS)}, empty if unused"
+        )
+
+
+def inventory_id(sources: Sequence[str]) -> str:
+    """Return a short name for an inventory: its folder's name and a hash of its path."""
+    names = "+".join(source.rstrip("/").rsplit("/", 1)[-1] for source in sources)
+    return f"{names}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:8]}"

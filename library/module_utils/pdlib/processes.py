@@ -1,0 +1,115 @@
+"""Processes and ports of a Linux host, read from /proc: who holds a port, and which processes are ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+_LISTEN = "0A"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process: its command line and, where we may read it, its environment."""
+
+    pid: int
+    command: str
+    env: Mapping[str, str]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def all_processes() -> Iterator[Process]:
+    """Yield every process that is not a zombie (environments of other users' processes are empty)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        stat = _read(folder / "stat")
+        if not stat or stat.rpartition(b")")[2].split()[:1] == [b"Z"]:
+            continue
+        command = _read(folder / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+        pairs = (item.partition("=") for item in _read(folder / "environ").decode(errors="replace").split("\0") if item)
+        yield Process(int(folder.name), command, {key: value for key, _, value in pairs})
+
+
+def ours(state_dir: str, unit: Optional[str] = None) -> List[Process]:
+    """Return the processes started for ``state_dir`` (and ``unit``), whoever their parent is now."""
+    return [
+        process
+        for process in all_processes()
+        if process.pid != os.getpid()
+        and process.env.get("PD_STATE_DIR") == state_dir
+        and unit in (None, process.env.get("PD_UNIT"))
+    ]
+
+
+def kill(pids: Iterable[int], grace_s: float) -> None:
+    """End processes: SIGTERM, and SIGKILL to those still there after ``grace_s`` seconds."""
+    left = list(pids)
+    for number, wait in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        for pid in left:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        end = time.monotonic() + wait
+        while left and time.monotonic() < end:
+            left = [pid for pid in left if _alive(pid)]
+            time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    stat = _read(Path(f"/proc/{pid}/stat"))
+    return bool(stat) and stat.rpartition(b")")[2].split()[:1] != [b"Z"]
+
+
+def _address(text: str) -> str:
+    raw = bytes.fromhex(text)
+    words = struct.unpack(f"<{len(raw) // 4}I", raw)
+    packed = struct.pack(f">{len(words)}I", *words)
+    address = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    return address[len("::ffff:") :] if address.startswith("::ffff:") else address
+
+
+def listeners() -> List[Tuple[str, int, int]]:
+    """Return (address, port, socket inode) of every listening TCP socket."""
+    found: List[Tuple[str, int, int]] = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in _read(Path(table)).decode().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == _LISTEN:
+                address, port = columns[1].split(":")
+                found.append((_address(address), int(port, 16), int(columns[9])))
+    return found
+
+
+def _owner(inode: int) -> str:
+    wanted = f"socket:[{inode}]"
+    for process in all_processes():
+        try:
+            for entry in os.scandir(f"/proc/{process.pid}/fd"):
+                if os.readlink(entry.path) == wanted:
+                    return f"process {process.pid} ({process.command[:120]})"
+        except OSError:
+            continue
+    return "a process of another user (run ss -ltnp as root to see it)"
+
+
+def taken_ports(wanted: Sequence[Tuple[str, int]]) -> Dict[Tuple[str, int], str]:
+    """Return, for each (address, port) that cannot be bound, who holds it."""
+    everywhere = {"0.0.0.0", "::"}
+    result: Dict[Tuple[str, int], str] = {}
+    for address, port, inode in listeners():
+        for want in wanted:
+            if want[1] == port and (want[0] == address or address in everywhere or want[0] in everywhere):
+                result[want] = _owner(inode)
+    return result

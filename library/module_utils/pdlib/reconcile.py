@@ -1,0 +1,332 @@
+"""Bring a host's units to what the plan wants, a few seconds at a time, so that the caller can show progress."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from . import processes
+from .errors import UserError, listing
+from .managers import MANAGERS, Supervisord, Systemd, write
+from .units import KEY_FILE, KEY_LAUNCHER, identity
+
+Json = Dict[str, Any]
+Manager = Union[Supervisord, Systemd]
+#: How long one step may take; the caller prints a progress line between steps.
+STEP_S = 6.0
+
+
+@dataclass
+class Outcome:
+    """What one step did: ``done`` when nothing is left to do, else ``message`` says what is waited for."""
+
+    done: bool = False
+    message: str = ""
+    changed: List[str] = field(default_factory=list)
+    diff: List[Json] = field(default_factory=list)
+
+
+def healthy(url: str, timeout_s: float = 3.0) -> bool:
+    """Whether ``url`` answers 200."""
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=timeout_s) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+class Reconciler:
+    """One host's units. The record ``units.json`` says what each running unit was started as."""
+
+    def __init__(
+        self,
+        state_dir: str,
+        install_dir: str,
+        manager: str,
+        ratio: str,
+        units: Sequence[Json],
+        check: bool,
+        api_key: Optional[str] = None,
+        launcher: str = "",
+    ):
+        self.home = Path(state_dir)
+        self.manager: Manager = MANAGERS[manager](state_dir, install_dir, ratio)
+        self.units = {unit["name"]: unit for unit in units}
+        self.check = check
+        self.outcome = Outcome()
+        self.record_file = self.home / "units.json"
+        self.record: Json = self._read_record()
+        self.private = {KEY_FILE: (api_key, 0o600), KEY_LAUNCHER: (launcher, 0o700)} if api_key else {}
+        self.secret = hashlib.sha256(api_key.encode()).hexdigest() if api_key else ""
+
+    def _read_record(self) -> Json:
+        try:
+            found = json.loads(self.record_file.read_text())
+            return dict(found) if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _save(self) -> None:
+        write(self.record_file, json.dumps(self.record, indent=1, sort_keys=True) + "\n", 0o600)
+
+    def _identity(self, name: str) -> str:
+        return identity(self.units[name], self.secret)
+
+    def _change(self, text: str) -> None:
+        if text not in self.outcome.changed:
+            self.outcome.changed.append(text)
+
+    # -- files
+
+    def _write_files(self) -> None:
+        if not self.units:
+            return
+        reload = isinstance(self.manager, Supervisord) and not self.manager.status()
+        for path, (text, mode) in self.manager.files(list(self.units.values())).items():
+            try:
+                before = path.read_text()
+            except OSError:
+                before = ""
+            if before != text:
+                header = str(path)
+                self.outcome.diff.append({"before_header": header, "after_header": header, "before": before, "after": text})
+                self._change(f"wrote {path.name}")
+            if not self.check and write(path, text, mode):
+                reload = reload or path.suffix in (".conf", ".service", ".target")
+        if not self.check:
+            self._write_private()
+            if reload:
+                self.manager.reload()
+
+    def _write_private(self) -> None:
+        """Keep the key where units and the load generator read it, or nowhere."""
+        for name, (text, mode) in self.private.items():
+            if write(self.home / name, text or "", mode):
+                self._change(f"wrote {name}")
+        if not self.private and (self.home / KEY_FILE).exists():
+            (self.home / KEY_FILE).unlink()
+            self._change(f"removed {KEY_FILE}")
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Remove the files of units that are gone."""
+        if not names:
+            return
+        for name in names:
+            for path in self._files_of(name):
+                path.unlink(missing_ok=True)
+            self.record.pop(name, None)
+        self._save()
+        self.manager.reload()
+
+    def _files_of(self, name: str) -> List[Path]:
+        found = [self.home / "conf.d" / f"{name}.conf", self.home / "units" / f"{name}.sh", self.home / "units" / f"{name}.env"]
+        return [*found, Systemd.UNITS / f"{name}.service"] if isinstance(self.manager, Systemd) else found
+
+    # -- processes
+
+    def _to_stop(self) -> Tuple[List[str], List[str]]:
+        """Return (surplus units, units to restart)."""
+        status = self.manager.status()
+        known = set(status) | set(self.record)
+        surplus = sorted(name for name in known if name not in self.units)
+        restart = sorted(
+            name
+            for name, unit in self.units.items()
+            if name in status
+            and status[name].state in ("running", "starting", "stopping")
+            and self.record.get(name, {}).get("identity") != self._identity(name)
+        )
+        return surplus, restart
+
+    def _stop(self, names: Sequence[str], end: float) -> List[str]:
+        """Ask units to stop; return those that still run at ``end``."""
+        status = self.manager.status()
+        self.manager.stop([name for name in names if name in status and status[name].state in ("running", "starting")])
+        left = list(names)
+        while left and time.monotonic() < end:
+            status = self.manager.status()
+            left = [name for name in left if name in status and status[name].state in ("running", "starting", "stopping")]
+            if left:
+                time.sleep(0.1)
+        for name in names:
+            if name not in left:
+                processes.kill([p.pid for p in processes.ours(str(self.home), name)], 5.0)
+        return left
+
+    def _check_ports(self, names: Sequence[str]) -> None:
+        wanted = [(self.units[name]["listen"], port) for name in names for port in self.units[name]["ports"]]
+        taken = processes.taken_ports(wanted)
+        if taken:
+            lines = []
+            for name in names:
+                for port in self.units[name]["ports"]:
+                    owner = taken.get((self.units[name]["listen"], port))
+                    if owner:
+                        lines.append(f"port {port} of {self.units[name]['listen']}, which {name} needs, is held by {owner}")
+            raise UserError("; ".join(lines) + ". Stop it, or set another worker_port_base, bootstrap_port_base or router_port")
+
+    def _start(self, names: Sequence[str]) -> None:
+        for name in names:
+            processes.kill([p.pid for p in processes.ours(str(self.home), name)], 5.0)
+        self._check_ports(names)
+        self.manager.start(names)
+        for name in names:
+            self.record[name] = {"identity": self._identity(name), "started": time.time()}
+        self._save()
+
+    def _fail_on_death(self) -> None:
+        """Raise UserError with the end of the log when a unit ended, or was started anew, before it was ready."""
+        status = self.manager.status()
+        for name in self.units:
+            entry, now = self.record.setdefault(name, {}), status.get(name)
+            if entry.get("ready") or "identity" not in entry:
+                continue
+            if now and now.state != "dead" and (not now.pid or entry.get("pid") in (None, now.pid)):
+                entry["pid"] = now.pid or entry.get("pid")
+                continue
+            detail = f" ({now.detail})" if now and now.state == "dead" and now.detail else ""
+            raise UserError(f"{name} died before it was ready{detail}. The end of its log:\n{self.manager.log_tail(name)}")
+
+    # -- the step
+
+    def step(self, resumed: bool) -> Outcome:
+        """Do what can be done in a few seconds towards the wanted state; ``resumed``: this is not the first step."""
+        end = time.monotonic() + STEP_S
+        surplus, restart = self._to_stop()
+        if self.check:
+            return self._foretell(surplus, restart)
+        for name in surplus:
+            self._change(f"stopped {name}")
+        left = self._stop([*surplus, *restart], end)
+        if left:
+            self.outcome.message = f"stopping {listing(left)}"
+            return self.outcome
+        self._forget(surplus)
+        for name in restart:
+            self._change(f"restarted {name}")
+            self.record.pop(name, None)
+        self._write_files()
+        if resumed:
+            self._fail_on_death()
+        status = self.manager.status() if self.units else {}
+        idle = [name for name in self.units if name not in status or status[name].state not in ("running", "starting")]
+        if idle:
+            for name in idle:
+                if f"restarted {name}" not in self.outcome.changed:
+                    self._change(f"started {name}")
+            self._start(idle)
+        return self._wait(end)
+
+    def _wait(self, end: float) -> Outcome:
+        waiting = list(self.units)
+        while True:
+            self._fail_on_death()
+            waiting = [name for name in waiting if not self._ready(name)]
+            if not waiting or time.monotonic() > end:
+                break
+            time.sleep(0.25)
+        for name in self.units:
+            if name not in waiting:
+                self.record[name]["ready"] = True
+        if self.units:
+            self._save()
+        self.outcome.done = not waiting
+        self.outcome.message = "; ".join(self._describe(name) for name in waiting)
+        return self.outcome
+
+    def _ready(self, name: str) -> bool:
+        url: Optional[str] = self.units[name]["health_url"]
+        return healthy(url) if url else bool(self.record[name].get("pid"))
+
+    def _describe(self, name: str) -> str:
+        started = self.record.get(name, {}).get("started")
+        age = f"{time.time() - started:.0f} s" if started else "new"
+        last = [line.strip() for line in self.manager.log_tail(name, 1).splitlines() if line.strip()]
+        return f"{name} is starting ({age}{': ' + last[-1][:100] if last else ''})"
+
+    def _foretell(self, surplus: Sequence[str], restart: Sequence[str]) -> Outcome:
+        status = self.manager.status()
+        for name in surplus:
+            self._change(f"would stop {name}")
+        for name in restart:
+            self._change(f"would restart {name}")
+        for name in self.units:
+            if name not in status or status[name].state not in ("running", "starting"):
+                self._change(f"would start {name}")
+        self._write_files()
+        self.outcome.done = True
+        return self.outcome
+
+
+def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str], purge: bool, check: bool) -> Outcome:
+    """Teardown: end our processes, remove units, configuration and runtime state; with ``purge`` the installs, too.
+
+    Works from what is on the host, not from a plan, so that it also cleans up after a deploy that was killed.
+    """
+    outcome = Outcome(done=True)
+    home = Path(state_dir)
+    folders = [home, Path(install_dir)] if purge else [home]
+    for name in managers:
+        manager: Manager = MANAGERS[name](state_dir, install_dir, "")
+        running = sorted(unit for unit, status in manager.status().items())
+        unit_files = list(Systemd.UNITS.glob("pd-*.service")) + list(Systemd.UNITS.glob("pd.target")) if name == "systemd" else []
+        outcome.changed += [f"stopped {unit}" for unit in running]
+        if check:
+            continue
+        end = time.monotonic() + STEP_S
+        manager.stop([unit for unit, status in manager.status().items() if status.state in ("running", "starting")])
+        while time.monotonic() < end:
+            busy = [unit for unit, status in manager.status().items() if status.state in ("running", "starting", "stopping")]
+            if not busy:
+                break
+            time.sleep(0.1)
+        else:
+            outcome.done, outcome.message = False, f"stopping {listing(busy)}"
+            return outcome
+        for path in unit_files:
+            path.unlink(missing_ok=True)
+        if unit_files or name == "supervisord":
+            manager.shutdown()
+    strays = processes.ours(state_dir)
+    outcome.changed += [f"ended process {p.pid} ({p.env.get('PD_UNIT', '?')})" for p in strays]
+    if not check:
+        processes.kill([p.pid for p in strays], 10.0)
+    for folder in folders:
+        if folder.exists():
+            outcome.changed.append(f"removed {folder}")
+            if not check:
+                _remove_tree(folder)
+    return outcome
+
+
+def _remove_tree(folder: Path) -> None:
+    marker = folder / ".pd"
+    if not marker.exists():
+        raise UserError(f"{folder} has no file .pd, so it is not one that deploy_pd.yml made: remove it yourself if it should go")
+    shutil.rmtree(folder)
+
+
+def claim(folder: str) -> bool:
+    """Make ``folder`` ours (0700, marked), refusing one that holds somebody else's files; return whether it was new."""
+    path = Path(folder)
+    marker = path / ".pd"
+    if marker.exists():
+        return False
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        marker.write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; set state_dir and install_dir to folders you may write, or become root"
+        ) from None
+    return True

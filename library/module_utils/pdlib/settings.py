@@ -1,0 +1,167 @@
+"""From what the user wrote to typed values, with the place of every mistake."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+
+from .errors import UserError, did_you_mean, nearest
+from .variables import BENCH, CLUSTER, HOST, VARIABLES, VERB, Variable
+
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+#: How alike an inventory's own variable must be to one of ours to be called a misspelling.
+_TYPO_CUTOFF = 0.87
+
+
+def check_extra_vars(extra: Mapping[str, Any]) -> None:
+    """Refuse ``-e`` names that are neither ours nor Ansible's own, saying which was meant."""
+    for name in extra:
+        if name not in VARIABLES and not name.startswith("ansible_"):
+            hint = did_you_mean(name, VARIABLES) or "; docs/variables.md lists them"
+            raise UserError(f"-e {name}=...: there is no variable {name}{hint}")
+
+
+def check_inventory_names(names: Mapping[str, Iterable[str]]) -> None:
+    """Refuse inventory variables that look like a misspelt one of ours; others are the user's own business.
+
+    ``names``: host -> the names set for it.
+    """
+    for host, given in names.items():
+        for name in given:
+            if name in VARIABLES or name.startswith(("ansible_", "_")):
+                continue
+            meant = nearest(name, VARIABLES, _TYPO_CUTOFF)
+            if meant:
+                raise UserError(f"inventory: host {host} sets {name}, which does nothing; did you mean {meant}?")
+
+
+def _number(kind: type, value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return kind(value)
+
+
+def _list(value: Any) -> List[Any]:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    raise ValueError
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ValueError
+    return word in _TRUE
+
+
+def _gpus(value: Any) -> Any:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value):
+        return [_number(int, item) for item in _list(value)]
+    return list(range(_number(int, value)))
+
+
+def _span(value: Any) -> str:
+    text = str(value).strip()
+    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    if not match or int(match[1]) < 1 or (match[2] and int(match[2]) < int(match[1])):
+        raise ValueError
+    return text
+
+
+def _dict(value: Any) -> Dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    return {str(key): item for key, item in value.items()}
+
+
+_CONVERT = {
+    "str": lambda value: str(value),
+    "int": lambda value: _number(int, value),
+    "float": lambda value: _number(float, value),
+    "bool": _bool,
+    "list": _list,
+    "dict": _dict,
+    "ints": lambda value: [_number(int, item) for item in _list(value)],
+    "gpus": _gpus,
+    "span": _span,
+}
+_EXPECTED = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "a mapping such as {key: value}",
+    "ints": "whole numbers such as 32,64",
+    "gpus": "a count, a list of indices such as [0, 1], or auto",
+    "span": "a length such as 512, or two such as 256-1024 (smaller first, at least 1)",
+}
+
+
+def convert(variable: Variable, value: Any, where: str) -> Any:
+    """Return ``value`` as the variable's type; raise UserError naming variable, value, place and what would be right."""
+    if value is None:
+        return variable.default
+    shown = "(secret)" if variable.secret else repr(value)
+    if variable.type in ("str", "int", "float") and isinstance(value, (list, dict)):
+        raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}")
+    try:
+        result = _CONVERT[variable.type](value)
+    except (TypeError, ValueError):
+        raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}") from None
+    if variable.choices and result not in variable.choices:
+        raise UserError(
+            f"{variable.name}={shown} ({where}): one of {', '.join(variable.choices)}"
+            f"{did_you_mean(str(result), variable.choices)}"
+        )
+    numbers = result if variable.type == "ints" else [result]
+    for number in numbers if variable.type in ("int", "float", "ints") else []:
+        if variable.minimum is not None and number < variable.minimum:
+            raise UserError(f"{variable.name}={shown} ({where}): at least {variable.minimum}")
+        if variable.maximum is not None and number > variable.maximum:
+            raise UserError(f"{variable.name}={shown} ({where}): at most {variable.maximum}")
+    return result
+
+
+def host_settings(host: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return every variable's typed value for one host.
+
+    ``given``: what Ansible resolved for the host (extra-vars included); ``extra``: the extra-vars alone, to say where
+    a wrong value was set.
+    """
+    return {
+        name: convert(variable, given.get(name), "-e" if name in extra else f"host {host}, inventory or group_vars")
+        for name, variable in VARIABLES.items()
+    }
+
+
+def cluster_settings(by_host: Mapping[str, Mapping[str, Any]]) -> Dict[str, Any]:
+    """Return the values that must be one for the whole deployment; raise UserError naming two hosts that differ.
+
+    ``by_host``: host -> its :func:`host_settings`, in inventory order.
+    """
+    first: Optional[Tuple[str, Mapping[str, Any]]] = None
+    for host, values in by_host.items():
+        if first is None:
+            first = (host, values)
+            continue
+        for name, variable in VARIABLES.items():
+            if variable.scope in (CLUSTER, BENCH, VERB) and values[name] != first[1][name]:
+                shown = "differs" if variable.secret else f"is {first[1][name]!r} and {values[name]!r}"
+                raise UserError(
+                    f"{name} {shown} on hosts {first[0]} and {host}: it is one value for the whole deployment; "
+                    "set it under all: vars: of the inventory, in group_vars/all.yml, or with -e"
+                )
+    if first is None:
+        raise UserError("the inventory has no host")
+    return {name: first[1][name] for name, variable in VARIABLES.items() if variable.scope != HOST}

@@ -1,0 +1,194 @@
+"""From a plan entry to what a service manager reads: systemd units, supervisord programs, and the script both can run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+Json = Dict[str, Any]
+#: The API key and the launcher that reads it, under a host's state directory.
+KEY_FILE = "secrets/api_key"
+KEY_LAUNCHER = "bin/with_api_key.py"
+HEADER = "# Made from the plan by deploy_pd.yml; a change here is undone by the next deploy."
+
+
+def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
+    """Return the services that one host runs.
+
+    Each: ``name`` (``pd-prefill-0``), ``argv``, ``env``, ``ports`` (what it binds), ``listen``, ``health_url`` (None for
+    ranks that serve nothing), and ``members``: the tail of argv that may change without a restart.
+    """
+    units: List[Json] = []
+    for worker in plan["workers"]:
+        for rank in worker["ranks"]:
+            if rank["host"] == host:
+                ports = [rank["port"]] + ([rank["bootstrap_port"]] if "bootstrap_port" in rank else [])
+                units.append(_unit(rank, worker["name"], ports, rank.get("health_url"), []))
+    router = plan["router"]
+    if router["host"] == host:
+        ports = [router["port"], router["prometheus_port"]]
+        units.append(_unit(router, "router", ports, f"{router['url']}/health", router["members"]))
+    return units
+
+
+def _unit(entry: Mapping[str, Any], name: str, ports: List[int], health_url: Optional[str], members: List[str]) -> Json:
+    return {
+        "name": entry["unit"][: -len(".service")],
+        "title": name,
+        "argv": list(entry["argv"]),
+        "env": dict(entry["env"]),
+        "listen": entry["listen"],
+        "ports": ports,
+        "health_url": health_url,
+        "members": list(members),
+    }
+
+
+def identity(unit: Mapping[str, Any], secret: str = "") -> str:
+    """Return a hash of all that needs a restart when it changes; the members of a router do not.
+
+    ``secret``: the key that the unit is started with, so that a new key restarts it.
+    """
+    argv = unit["argv"][: len(unit["argv"]) - len(unit["members"])]
+    text = json.dumps([argv, sorted(unit["env"].items()), secret])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_script(unit: Mapping[str, Any], state_dir: str) -> str:
+    """Return a shell script that becomes the unit's process: supervisord runs it, and so can a person."""
+    lines = ["#!/bin/sh", HEADER]
+    env = {**unit["env"], "PD_UNIT": unit["name"], "PD_STATE_DIR": state_dir}
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())]
+    lines.append("exec " + _command_lines(unit["argv"], shlex.quote))
+    return "\n".join(lines) + "\n"
+
+
+def supervisor_program(unit: Mapping[str, Any], state_dir: str) -> str:
+    """Return a supervisord program that runs the unit's script; it does not change when the command line does."""
+    name = unit["name"]
+    return f"""{HEADER.replace("#", ";", 1)}
+[program:{name}]
+command=/bin/sh {state_dir}/units/{name}.sh
+directory={state_dir}
+autostart=false
+autorestart=true
+startsecs=2
+startretries=3
+stopasgroup=true
+killasgroup=true
+stopwaitsecs=90
+redirect_stderr=true
+stdout_logfile={state_dir}/log/{name}.log
+stdout_logfile_maxbytes=64MB
+stdout_logfile_backups=2
+"""
+
+
+def supervisor_conf(state_dir: str, socket: str) -> str:
+    """Return supervisord's own configuration: one socket in our folder, no network port."""
+    return f"""{HEADER.replace("#", ";", 1)}
+[unix_http_server]
+file={socket}
+chmod=0700
+
+[supervisord]
+logfile={state_dir}/log/supervisord.log
+logfile_maxbytes=16MB
+pidfile={state_dir}/supervisord.pid
+childlogdir={state_dir}/log
+directory={state_dir}
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+
+[include]
+files = {state_dir}/conf.d/*.conf
+"""
+
+
+def socket_path(state_dir: str) -> str:
+    """Return where supervisord's socket lies: in the state directory, or under /tmp when that would be too long.
+
+    A unix socket's path takes 107 bytes, and supervisord first makes it with its process id at the end.
+    """
+    inside = f"{state_dir}/supervisor.sock"
+    if len(inside.encode()) <= 96:
+        return inside
+    return f"/tmp/pd-{hashlib.sha256(state_dir.encode()).hexdigest()[:16]}.sock"
+
+
+def _command_lines(argv: Sequence[str], quote: Callable[[str], str]) -> str:
+    """One line for the program and one for each flag with its values."""
+    lines = [quote(argv[0])]
+    for item in argv[1:]:
+        if item.startswith("--"):
+            lines.append(quote(item))
+        else:
+            lines[-1] += " " + quote(item)
+    return " \\\n  ".join(lines)
+
+
+def _systemd_word(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{escaped}"' if any(c in text for c in " \t\"'\\;{}") or text == "" else escaped
+
+
+def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
+    """Return the systemd service; its environment lies in ``<state_dir>/units/<name>.env``."""
+    return f"""{HEADER}
+[Unit]
+Description=PD {unit["title"]} ({ratio})
+After=network-online.target
+Wants=network-online.target
+PartOf=pd.target
+
+[Service]
+EnvironmentFile={state_dir}/units/{unit["name"]}.env
+WorkingDirectory={state_dir}
+ExecStart={_command_lines(unit["argv"], _systemd_word)}
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec=90
+LimitNOFILE=1048576
+LimitMEMLOCK=infinity
+NoNewPrivileges=yes
+ProtectSystem=full
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+
+[Install]
+WantedBy=pd.target
+"""
+
+
+def systemd_env(unit: Mapping[str, Any], state_dir: str) -> str:
+    """Return the EnvironmentFile of a unit."""
+    env = {**unit["env"], "PD_UNIT": unit["name"], "PD_STATE_DIR": state_dir}
+    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in env.items()}
+    return "\n".join([HEADER, *(f'{key}="{value}"' for key, value in sorted(quoted.items()))]) + "\n"
+
+
+def systemd_target() -> str:
+    """Return the umbrella target of a host's units."""
+    return f"""{HEADER}
+[Unit]
+Description=LLM serving with prefill and decode disaggregated
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def rendered_files(plan: Mapping[str, Any], host: str) -> Dict[str, str]:
+    """Return every file that the host's services are made of, by name: systemd's and supervisord's, from one entry."""
+    state_dir = plan["hosts"][host]["state_dir"]
+    files = {"pd.target": systemd_target(), "supervisord.conf": supervisor_conf(state_dir, socket_path(state_dir))}
+    for unit in host_units(plan, host):
+        files[f"{unit['name']}.service"] = systemd_unit(unit, state_dir, plan["ratio"])
+        files[f"{unit['name']}.env"] = systemd_env(unit, state_dir)
+        files[f"{unit['name']}.conf"] = supervisor_program(unit, state_dir)
+        files[f"{unit['name']}.sh"] = run_script(unit, state_dir)
+    return files

@@ -1,0 +1,205 @@
+"""Every public variable: its type, default, unit and meaning, in one place.
+
+``docs/variables.md`` is made from this table; extra-vars and inventories are checked against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Tuple
+
+CLUSTER, HOST, BENCH, VERB = "cluster", "host", "bench", "verb"
+
+SCOPES = {
+    CLUSTER: "The deployment: one value for all hosts (`group_vars/all.yml`, the inventory's `all: vars:`, or `-e`).",
+    HOST: "Per host, group or for all: a value of its own for every host (`host_vars/`, group vars, or `-e`).",
+    BENCH: "The load that `bench.yml` sends.",
+    VERB: "Arguments of one command, given with `-e`.",
+}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable that a user may set.
+
+    ``type``: str, int, float, bool, list (comma-separated text is one, too), dict, ints (list of int), gpus (a count,
+    a list of indices, or ``auto``), span (``512`` or ``256-1024``). A default of None means "not set".
+    """
+
+    name: str
+    type: str
+    default: Any
+    scope: str
+    doc: str
+    choices: Tuple[str, ...] = ()
+    minimum: Any = None
+    maximum: Any = None
+    unit: str = ""
+    secret: bool = False
+
+
+def _table() -> Dict[str, Variable]:
+    v = Variable
+    rows = [
+        # -- the deployment
+        v("ratio", "str", "1p1d", CLUSTER, "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`."),
+        v("engine", "str", "sglang", CLUSTER, "The engine; `emulated` needs no GPU and says so everywhere."),
+        v("engine_version", "str", None, CLUSTER, "The engine's version; not set: the engine's default."),
+        v("model", "str", None, CLUSTER, "Model path or hub name, as the engine takes it."),
+        v("served_model_name", "str", None, CLUSTER, "Name in requests; not set: the value of `model`."),
+        v("tensor_parallel_size", "int", 1, CLUSTER, "GPUs of one worker, over all its hosts.", minimum=1),
+        v("prefill_tensor_parallel_size", "int", None, CLUSTER, "The same for prefill workers only.", minimum=1),
+        v("decode_tensor_parallel_size", "int", None, CLUSTER, "The same for decode workers only.", minimum=1),
+        v("nodes_per_worker", "int", 1, CLUSTER, "Whole hosts of one worker (multi-node).", minimum=1),
+        v("prefill_nodes_per_worker", "int", None, CLUSTER, "The same for prefill workers only.", minimum=1),
+        v("decode_nodes_per_worker", "int", None, CLUSTER, "The same for decode workers only.", minimum=1),
+        v(
+            "transfer_backend",
+            "str",
+            "auto",
+            CLUSTER,
+            "KV transfer engine. `auto`: nixl when every pair is on one host, mooncake on one RDMA fabric, else nixl over TCP.",
+        ),
+        v("worker_port_base", "int", 30000, CLUSTER, "First HTTP port of workers on a host.", minimum=1, maximum=65535),
+        v(
+            "bootstrap_port_base",
+            "int",
+            8998,
+            CLUSTER,
+            "First KV bootstrap port of prefill workers on a host.",
+            minimum=1,
+            maximum=65535,
+        ),
+        v("dist_init_port_base", "int", 5757, CLUSTER, "First rendezvous port of multi-node workers.", minimum=1, maximum=65535),
+        v("api_key", "str", None, CLUSTER, "Key that clients, router and workers share (put it in a vault).", secret=True),
+        v("ready_timeout", "int", 1800, CLUSTER, "Longest wait for workers and router to become ready.", minimum=1, unit="s"),
+        v("router", "str", "sglang-router", CLUSTER, "The router in front of the workers."),
+        v("router_port", "int", 8000, CLUSTER, "The router's port for clients.", minimum=1, maximum=65535),
+        v("router_prometheus_port", "int", 29000, CLUSTER, "The router's metrics port.", minimum=1, maximum=65535),
+        v(
+            "router_policy",
+            "str",
+            "round_robin",
+            CLUSTER,
+            "How the router chooses a worker.",
+            choices=("random", "round_robin", "cache_aware", "power_of_two"),
+        ),
+        v(
+            "router_prefill_policy",
+            "str",
+            None,
+            CLUSTER,
+            "The same for prefill workers only.",
+            choices=("random", "round_robin", "cache_aware", "power_of_two", "bucket"),
+        ),
+        v(
+            "router_decode_policy",
+            "str",
+            None,
+            CLUSTER,
+            "The same for decode workers only. With equal counts round_robin on both sides uses only some of the pairs.",
+            choices=("random", "round_robin", "cache_aware", "power_of_two"),
+        ),
+        v("router_health_check_interval", "int", 5, CLUSTER, "Between the router's checks of a worker.", minimum=1, unit="s"),
+        v("router_args", "dict", {}, CLUSTER, "More flags of the router: `{request-timeout-secs: 600}`."),
+        # -- hosts
+        v("address", "str", None, HOST, "The address at which the other hosts reach this one."),
+        v("listen_address", "str", None, HOST, "What workers and router bind to; not set: `address`."),
+        v("gpus", "gpus", None, HOST, "GPUs lent to the deployment: a count, a list of indices, or `auto` (found at deploy)."),
+        v("prefill_gpus", "ints", None, HOST, "The indices that prefill workers may use; not set: all of `gpus`."),
+        v("decode_gpus", "ints", None, HOST, "The indices that decode workers may use; not set: all of `gpus`."),
+        v(
+            "gpus_shared",
+            "bool",
+            False,
+            HOST,
+            "Let a prefill and a decode worker share GPUs by memory fraction (`mem_fraction` of both at most 1 together).",
+        ),
+        v("rdma_fabric", "str", "auto", HOST, "The RDMA fabric of the host.", choices=("infiniband", "roce", "none", "auto")),
+        v("rdma_devices", "list", None, HOST, "RDMA devices to use: `[mlx5_0, mlx5_1]`; not set: found at deploy."),
+        v("rdma_devices_excluded", "list", [], HOST, "All active RDMA devices but these: `[mlx5_2]`."),
+        v("tcp_device", "str", None, HOST, "Network device of KV transfers over TCP (UCX_NET_DEVICES)."),
+        v("mem_fraction", "float", None, HOST, "Share of GPU memory for weights and KV cache.", minimum=0.01, maximum=1.0),
+        v("engine_args", "dict", {}, HOST, "More engine flags, checked against the engine's own: `{page-size: 16}`."),
+        v("prefill_engine_args", "dict", {}, HOST, "The same for prefill workers only."),
+        v("decode_engine_args", "dict", {}, HOST, "The same for decode workers only."),
+        v("engine_env", "dict", {}, HOST, "Environment of workers."),
+        v("prefill_engine_env", "dict", {}, HOST, "The same for prefill workers only."),
+        v("decode_engine_env", "dict", {}, HOST, "The same for decode workers only."),
+        v("emulated_profile", "str", "tiny", HOST, "Performance profile of an emulated worker: a name or a file."),
+        v(
+            "runtime",
+            "str",
+            "venv",
+            HOST,
+            "`venv`: made by us from locked requirements; `existing`: `engine_python` as it is.",
+            choices=("venv", "existing"),
+        ),
+        v("engine_python", "str", None, HOST, "With `runtime: existing`: the Python that has the engine."),
+        v(
+            "engine_requirements",
+            "list",
+            None,
+            HOST,
+            "Requirement files of the engine's virtualenv, installed in turn; `no-deps:FILE` leaves dependencies out.",
+        ),
+        v("venv_python", "str", None, HOST, "Python that makes virtualenvs on the host; not set: the one Ansible uses there."),
+        v(
+            "service_manager",
+            "str",
+            "auto",
+            HOST,
+            "`auto`: systemd where it is PID 1 and we may become root, else supervisord.",
+            choices=("auto", "systemd", "supervisord"),
+        ),
+        v("install_dir", "str", "/opt/pd", HOST, "Virtualenvs and caches; teardown leaves them, purge does not."),
+        v("state_dir", "str", "/var/lib/pd", HOST, "Configuration, logs, sockets and records; teardown removes it."),
+        # -- load
+        v("bench_api", "str", "completions", BENCH, "Endpoint to load.", choices=("completions", "chat", "generate")),
+        v("bench_concurrency", "ints", [32], BENCH, "Requests in flight, one load point each: `32,64,128`.", minimum=1),
+        v("bench_request_rate", "list", None, BENCH, "Open loop instead: requests a second, one load point each.", unit="1/s"),
+        v("bench_arrival", "str", "poisson", BENCH, "Arrivals of the open loop.", choices=("poisson", "constant")),
+        v("bench_num_requests", "int", 200, BENCH, "Requests of a load point.", minimum=1),
+        v("bench_input_len", "span", "512", BENCH, "Prompt length: `512`, or uniform `256-1024`.", unit="tokens"),
+        v("bench_output_len", "span", "128", BENCH, "Output length, forced: `128`, or uniform `64-256`.", unit="tokens"),
+        v("bench_trace", "str", None, BENCH, "Lengths from a trace in Mooncake's format (a file on the controller)."),
+        v("bench_length_scale", "float", 1.0, BENCH, "Factor on the trace's lengths, for a smaller context.", minimum=0.0001),
+        v("bench_max_input_len", "int", None, BENCH, "Cut the trace's prompts at this.", minimum=1, unit="tokens"),
+        v("bench_max_output_len", "int", None, BENCH, "Cut the trace's outputs at this.", minimum=1, unit="tokens"),
+        v("bench_warmup", "int", None, BENCH, "Requests before each load point that are not measured.", minimum=0),
+        v("bench_seed", "int", 1, BENCH, "Seed of prompts, lengths and arrivals.", minimum=0),
+        v("bench_timeout", "int", 600, BENCH, "Longest time of one request.", minimum=1, unit="s"),
+        v(
+            "bench_max_error_rate",
+            "float",
+            0.0,
+            BENCH,
+            "Share of failed requests a valid run may have.",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        v("bench_min_free_mb", "int", 200, BENCH, "Free disk that must be there for records and results.", minimum=1, unit="MB"),
+        v("bench_slo_ttft_ms", "float", None, BENCH, "Goodput: a good request's longest TTFT.", minimum=0.001, unit="ms"),
+        v("bench_slo_tpot_ms", "float", None, BENCH, "Goodput: a good request's longest TPOT.", minimum=0.001, unit="ms"),
+        v(
+            "bench_slo_e2e_ms",
+            "float",
+            None,
+            BENCH,
+            "Goodput: a good request's longest end-to-end time.",
+            minimum=0.001,
+            unit="ms",
+        ),
+        # -- verbs
+        v("run_label", "str", "", VERB, "Words for the run's folder name and report."),
+        v("results_dir", "str", "results", VERB, "Where runs go on the controller, relative to the checkout."),
+        v("plan_dir", "str", ".pd/plan", VERB, "Where `plan.yml` writes, relative to the checkout."),
+        v("current_plan", "str", None, VERB, "A deployed plan.json that `plan.yml` starts from, so that placement is sticky."),
+        v("purge", "bool", False, VERB, "`teardown.yml` removes virtualenvs and caches, too (never model weights)."),
+        v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
+        v("manifest", "dict", {}, VERB, "What a run's manifest.json records beside its variables; read by nobody."),
+    ]
+    return {row.name: row for row in rows}
+
+
+VARIABLES: Dict[str, Variable] = _table()

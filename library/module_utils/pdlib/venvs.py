@@ -1,0 +1,138 @@
+"""Virtualenvs on a host: made in the background from requirement files, so that the caller can show progress."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
+
+from .errors import UserError, listing
+from .managers import tail
+from .reconcile import STEP_S, Outcome, claim
+
+Json = Dict[str, Any]
+
+
+class Venv:
+    """One virtualenv: ``name``, and ``requirements`` installed in turn (``no-deps:FILE``; ``pdbench`` is our own wheel).
+
+    ``files``: base64 contents of every file that the requirements name.
+    """
+
+    def __init__(self, install_dir: str, state_dir: str, python: str, row: Mapping[str, Any], files: Mapping[str, str]):
+        self.folder = Path(install_dir) / row["name"]
+        self.work = Path(install_dir) / f"{row['name']}.install"
+        self.state_dir, self.python, self.name = state_dir, python or sys.executable, row["name"]
+        self.steps: List[str] = list(row["requirements"])
+        self.contents = {step: base64.b64decode(files[step.replace("no-deps:", "", 1)]) for step in self.steps}
+
+    def stamp(self) -> str:
+        """Return a hash of all that the virtualenv is made from."""
+        digest = hashlib.sha256(self.python.encode())
+        for step in self.steps:
+            digest.update(step.encode() + b"\0" + hashlib.sha256(self.contents[step]).digest())
+        return digest.hexdigest()
+
+    def ready(self) -> bool:
+        """Whether the virtualenv is there as wanted."""
+        try:
+            return bool((self.folder / ".pd-stamp").read_text() == self.stamp())
+        except OSError:
+            return False
+
+    def running(self) -> bool:
+        """Whether an installer is at work on it."""
+        try:
+            pid = int((self.work / "pid").read_text())
+            return bool(self.work.name in Path(f"/proc/{pid}/cmdline").read_text())
+        except (OSError, ValueError):
+            return False
+
+    def start(self) -> None:
+        """Start the installer in the background; it writes the stamp last."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        target, work = shlex.quote(str(self.folder)), str(self.work)
+        lines = ["#!/bin/sh", "set -e", f"rm -rf {target}", f"{shlex.quote(self.python)} -m venv {target}"]
+        for step in self.steps:
+            name = step.replace("no-deps:", "", 1)
+            path = self.work / ("pdbench-0.1.0-py3-none-any.whl" if name == "pdbench" else Path(name).name)
+            path.write_bytes(self.contents[step])
+            what = shlex.quote(str(path)) if path.suffix == ".whl" else f"-r {shlex.quote(str(path))}"
+            deps = "--no-deps " if step.startswith("no-deps:") or path.suffix == ".whl" else ""
+            lines.append(f"{target}/bin/python -m pip install --no-input --disable-pip-version-check {deps}{what}")
+        lines.append(f"printf %s {self.stamp()} > {target}/.pd-stamp")
+        script = self.work / "install.sh"
+        script.write_text("\n".join(lines) + "\n")
+        env = {**os.environ, "PD_STATE_DIR": self.state_dir, "PD_UNIT": f"install-{self.name}"}
+        with open(f"{work}/log", "wb") as log:
+            process = subprocess.Popen(
+                ["/bin/sh", str(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+                cwd="/",
+            )
+        (self.work / "pid").write_text(str(process.pid))
+        (self.work / "started").write_text(str(time.time()))
+
+    def describe(self) -> str:
+        """Return one line of progress."""
+        try:
+            age = f"{time.time() - float((self.work / 'started').read_text()):.0f} s"
+        except (OSError, ValueError):
+            age = "new"
+        last = tail(self.work / "log", 1).strip()[:90]
+        return f"{self.name} ({age}): {last}" if last else f"{self.name} ({age})"
+
+
+@contextmanager
+def _locked(install_dir: str) -> Iterator[None]:
+    """Two inventory hosts may share an install_dir: only one of them starts an installer."""
+    with open(Path(install_dir) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def step(
+    install_dir: str, state_dir: str, python: str, rows: Sequence[Json], files: Mapping[str, str], check: bool, resumed: bool
+) -> Outcome:
+    """Bring all virtualenvs of ``rows`` a few seconds closer to being there."""
+    outcome = Outcome()
+    venvs = [Venv(install_dir, state_dir, python, row, files) for row in rows]
+    if check:
+        outcome.changed = [f"would install {venv.name}" for venv in venvs if not venv.ready()]
+        outcome.done = True
+        return outcome
+    if claim(install_dir) | claim(state_dir):
+        outcome.changed.append("made install_dir and state_dir")
+    end = time.monotonic() + STEP_S
+    with _locked(install_dir):
+        missing = [venv for venv in venvs if not venv.ready() and not venv.running()]
+        failed = [venv for venv in missing if resumed and (venv.work / "pid").exists()]
+        if failed:
+            for venv in failed:
+                (venv.work / "pid").unlink()
+            log = tail(failed[0].work / "log", 20)
+            raise UserError(f"{listing(v.name for v in failed)} did not install. The end of {failed[0].work}/log:\n{log}")
+        for venv in missing:
+            venv.start()
+            outcome.changed.append(f"installed {venv.name}")
+    waiting = venvs
+    while waiting and time.monotonic() < end:
+        waiting = [venv for venv in waiting if not venv.ready() and venv.running()]
+        if waiting:
+            time.sleep(0.2)
+    unfinished = [venv for venv in venvs if not venv.ready()]
+    outcome.done = not unfinished
+    outcome.message = "installing " + "; ".join(venv.describe() for venv in unfinished)
+    return outcome

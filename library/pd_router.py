@@ -1,0 +1,87 @@
+#!/usr/bin/python
+"""The running router's members and readiness."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pd_router
+short_description: Make the running router know exactly the plan's workers, and prove that they serve
+description:
+  - C(remove) takes workers out that are about to stop. C(converge) adds what is missing and waits until the router counts
+    every worker as healthy; then one request goes over every prefill-decode pair, to both ends directly.
+  - The router is never restarted for a change of members.
+options:
+  action: {description: What to do., type: str, choices: [remove, converge], required: true}
+  plan: {description: The plan., type: dict, required: true}
+  state_dir: {description: State directory of the router's host; the key lies there., type: path, required: true}
+  pair_timeout: {description: Longest wait for a pair's answer in seconds., type: int, default: 120}
+  resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
+attributes:
+  check_mode: {support: full, description: Says which members would change.}
+  diff_mode: {support: none, description: There is no file to show.}
+author: [the pd project]
+"""
+
+EXAMPLES = r"""
+- name: The router knows the workers
+  pd_poll:
+    module: pd_router
+    args: {action: converge, plan: "{{ pd_plan }}", state_dir: /var/lib/pd}
+"""
+
+RETURN = r"""
+done: {description: Whether all is well., returned: always, type: bool, sample: true}
+message: {description: What is waited for., returned: always, type: str, sample: "waiting for the router"}
+changes: {description: Members added and removed., returned: always, type: list, sample: []}
+pairs:
+  description: What every pair answered.
+  returned: when done
+  type: list
+  sample: [{prefill: prefill-0, decode: decode-0, seconds: 0.1, error: ""}]
+"""
+
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pdlib import gateway
+from ansible.module_utils.pdlib.errors import UserError
+
+
+def main() -> None:
+    """Run one step."""
+    module = AnsibleModule(
+        argument_spec={
+            "action": {"type": "str", "choices": ["remove", "converge"], "required": True},
+            "plan": {"type": "dict", "required": True},
+            "state_dir": {"type": "path", "required": True},
+            "pair_timeout": {"type": "int", "default": 120},
+            "resumed": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    p, plan = module.params, module.params["plan"]
+    key_file = Path(p["state_dir"]) / "secrets" / "api_key"
+    key = key_file.read_text().strip() if plan["api_key"] and key_file.exists() else None
+    router = gateway.Gateway(plan["router"]["url"], key)
+    wanted = gateway.wanted_members(plan)
+    pairs = []
+    try:
+        if p["action"] == "remove":
+            outcome = router.remove_surplus(wanted, module.check_mode)
+        else:
+            outcome = router.converge(wanted, module.check_mode, p["resumed"])
+            if outcome.done and not module.check_mode:
+                pairs = router.probe_pairs(plan, p["pair_timeout"])
+    except UserError as error:
+        module.fail_json(msg=str(error))
+    broken = [pair for pair in pairs if pair["error"]]
+    if broken:
+        lines = [f"{pair['prefill'] or 'worker'} -> {pair['decode']}: {pair['error']}" for pair in broken]
+        module.fail_json(msg=f"{len(broken)} of {len(pairs)} paths do not serve:\n" + "\n".join(lines), pairs=pairs)
+    module.exit_json(
+        changed=bool(outcome.changed), done=outcome.done, message=outcome.message, changes=outcome.changed, pairs=pairs
+    )
+
+
+if __name__ == "__main__":
+    main()

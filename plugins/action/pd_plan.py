@@ -1,0 +1,168 @@
+"""Check everything the user wrote and make the plan, without contacting a host."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible import context
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible.utils.vars import load_extra_vars
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "library" / "module_utils"))
+
+from pdlib import bench_spec, plan, processes, settings, tables, units  # noqa: E402
+from pdlib.errors import UserError  # noqa: E402
+from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
+
+display = Display()
+
+
+class ActionModule(ActionBase):
+    """`pd_plan: {verb: deploy}`; documented in library/pd_plan.py."""
+
+    TRANSFERS_FILES = False
+    _VALID_ARGS = frozenset({"verb", "discovered", "show"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the plan and what is derived from it as facts."""
+        super().run(tmp, task_vars)
+        try:
+            return self._run(task_vars or {})
+        except UserError as error:
+            raise AnsibleActionFail(str(error)) from None
+
+    def _run(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
+        extra = dict(load_extra_vars(loader=self._loader))
+        settings.check_extra_vars(extra)
+        groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
+        ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
+        hostvars = task_vars["hostvars"]
+        current = self._current(verb, task_vars, discovered)
+        inherited = dict((current or {}).get("overrides", {})) if verb == "bench" else {}
+        inherited = {name: value for name, value in inherited.items() if name not in extra}
+        if verb == "bench" and current and "ratio" not in extra:
+            inherited["ratio"] = current["ratio"]
+        by_host: dict[str, dict[str, Any]] = {}
+        for host in ours:
+            given = {name: hostvars[host].get(name) for name in VARIABLES}
+            by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
+        settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
+        plan.check_group_names(groups)
+        cluster = settings.cluster_settings(by_host)
+        found = {h: hostvars[h]["_pd_found"]["found"] for h in ours if discovered and "_pd_found" in hostvars[h]}
+        for host, seen in found.items():
+            if by_host[host]["service_manager"] == "auto":
+                by_host[host]["service_manager"] = seen["service_manager"]
+        limit = context.CLIARGS.get("subset")
+        inputs = plan.Inputs(
+            groups=groups,
+            cluster=cluster,
+            hosts=by_host,
+            limit=frozenset(self._limited(task_vars)) if limit else None,
+            current=current,
+            discovered=found,
+            overrides={**inherited, **{k: v for k, v in extra.items() if self._is_override(k)}},
+        )
+        facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb)}
+        if verb != "teardown":
+            planner = plan.Planner(inputs)
+            made = planner.make()
+            if verb == "bench":
+                clients = groups["bench_clients"]
+                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT))
+                planner.check_limit(clients[:1])
+            facts["pd_plan"] = made
+            facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
+            facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
+            if self._task.args.get("show"):
+                display.display("\n" + tables.workers(made) + "\n")
+        facts["pd_settings"] = {k: v for k, v in cluster.items() if not VARIABLES[k].secret}
+        facts["pd_live_pids"] = [p.pid for p in processes.all_processes() if "ansible" in p.command]
+        facts["pd_current"] = current or {}
+        result: dict[str, Any] = {"changed": False, "ansible_facts": facts}
+        if verb == "plan":
+            result["changed"] = self._write(cluster["plan_dir"], made)
+        return result
+
+    def _current(self, verb: str, task_vars: dict[str, Any], discovered: bool) -> dict[str, Any] | None:
+        """The deployed plan: the router host's own once it was read, the controller's copy before."""
+        if discovered:
+            return task_vars.get("_pd_deployed", {}).get("plan") or None
+        named = task_vars["hostvars"][task_vars["inventory_hostname"]].get("current_plan")
+        path = Path(str(named)) if named else self._copy_path()
+        if not path.is_absolute():
+            path = ROOT / path
+        if verb == "plan" and not named:
+            return None
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            if named:
+                raise UserError(f"current_plan={named}: there is no such file") from None
+            return None
+        except ValueError as error:
+            raise UserError(f"{path} is not a plan ({error})") from None
+
+    def _copy_path(self) -> Path:
+        sources = [str(Path(source).resolve()) for source in context.CLIARGS.get("inventory") or ["default"]]
+        return ROOT / ".pd" / "deployed" / f"{plan.inventory_id(sources)}.json"
+
+    @staticmethod
+    def _own_names(hostvars: Any, host: str) -> list[str]:
+        magic = {"groups", "group_names", "omit", "playbook_dir", "role_names", "role_name", "play_hosts", "environment"}
+        names = hostvars.raw_get(host).keys()
+        return [n for n in names if n not in magic and not n.startswith(("ansible_", "inventory_", "pd_", "_"))]
+
+    @staticmethod
+    def _is_override(name: str) -> bool:
+        row = VARIABLES.get(name)
+        return row is not None and not row.secret and row.scope not in (BENCH, VERB)
+
+    @staticmethod
+    def _limited(task_vars: dict[str, Any]) -> list[str]:
+        return list(task_vars["ansible_play_hosts_all"])
+
+    @staticmethod
+    def _host_facts(by_host: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        names = ("state_dir", "install_dir", "service_manager", "venv_python")
+        return {host: {name: values[name] for name in names} for host, values in by_host.items()}
+
+    def _owner(self, verb: str) -> dict[str, Any]:
+        return {
+            "controller": socket.gethostname(),
+            "pid": os.getppid(),
+            "user": getpass.getuser(),
+            "verb": verb,
+            "copy": str(self._copy_path()),
+        }
+
+    @staticmethod
+    def _write(plan_dir: str, made: dict[str, Any]) -> bool:
+        folder = ROOT / plan_dir
+        wanted = {"plan.json": json.dumps(made, indent=1) + "\n"}
+        for host in made["hosts"]:
+            for name, text in units.rendered_files(made, host).items():
+                wanted[f"{host}/{name}"] = text
+        changed = False
+        for name, text in wanted.items():
+            path = folder / name
+            if not path.exists() or path.read_text() != text:
+                changed = True
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        for path in folder.glob("*/pd*"):
+            if f"{path.parent.name}/{path.name}" not in wanted:
+                path.unlink()
+                changed = True
+        display.display(f"Written: {folder}/plan.json and {len(wanted) - 1} unit files beside it\n")
+        return changed

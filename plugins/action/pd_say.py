@@ -1,0 +1,52 @@
+"""The table at the end of a verb: what happened on every host, and what to type next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "library" / "module_utils"))
+
+from pdlib import tables  # noqa: E402
+
+display = Display()
+
+NEXT = {
+    "deploy": "next: ansible-playbook bench.yml    (ansible-playbook teardown.yml stops everything)",
+    "bench": "",
+    "teardown": "next: ansible-playbook deploy_pd.yml",
+}
+
+
+class ActionModule(ActionBase):
+    """`pd_say: {verb: deploy}`; documented in library/pd_say.py."""
+
+    _VALID_ARGS = frozenset({"verb"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Print; change nothing."""
+        super().run(tmp, task_vars)
+        variables = task_vars or {}
+        rows = []
+        for host in variables["ansible_play_hosts_all"]:
+            done = variables["hostvars"][host].get("_pd_units", {}).get("changes")
+            rows.append([host, "; ".join(done or []) or "nothing to do"])
+        verb = self._task.args["verb"]
+        plan = variables.get("pd_plan") or {}
+        text = tables.table(["host", "what happened"], rows)
+        if plan:
+            members = variables.get("_pd_router", {})
+            text += "\n" + "\n".join(["router: " + change for change in members.get("changes", [])]) if members.get("changes") else ""
+            pairs = members.get("pairs") or []
+            if pairs:
+                slowest = max(pair["seconds"] for pair in pairs)
+                what = "prefill-decode pairs serve" if plan["pairs"] else "workers serve"
+                text += f"\n{len(pairs)} of {len(pairs)} {what} (slowest first answer {slowest:.2f} s)"
+            text += f"\nready: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
+        display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
+        return {"changed": False}
