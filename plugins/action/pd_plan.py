@@ -143,7 +143,7 @@ class ActionModule(ActionBase):
             "pid": os.getppid(),
             "user": getpass.getuser(),
             "verb": verb,
-            "copy": str(self._copy_path()),
+            "plan_copy": str(self._copy_path()),
         }
 
     @staticmethod

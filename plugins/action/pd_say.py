@@ -41,7 +41,9 @@ class ActionModule(ActionBase):
         text = tables.table(["host", "what happened"], rows)
         if plan:
             members = variables.get("_pd_router", {})
-            text += "\n" + "\n".join(["router: " + change for change in members.get("changes", [])]) if members.get("changes") else ""
+            text += (
+                "\n" + "\n".join(["router: " + change for change in members.get("changes", [])]) if members.get("changes") else ""
+            )
             pairs = members.get("pairs") or []
             if pairs:
                 slowest = max(pair["seconds"] for pair in pairs)

@@ -10,6 +10,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .errors import UserError
 from .managers import write
+from .reconcile import claim
 
 Json = Dict[str, Any]
 
@@ -36,8 +37,8 @@ def lock(state_dir: str, owner: Mapping[str, Any], live_pids: Sequence[int], ste
     ``live_pids``: processes of the owner's controller that are alive. A lock of the same controller whose process is
     dead is taken over; one of another controller only with ``steal``. Raises UserError naming who holds it.
     """
+    claim(state_dir)
     folder = Path(state_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         holder = peek(state_dir)

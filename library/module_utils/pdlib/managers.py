@@ -112,14 +112,13 @@ class Supervisord:
 
     def reload(self) -> None:
         """Make the manager know the files as they are; running units stay as they are."""
-        for folder in ("log", "conf.d", "units"):
+        for folder in ("log", "conf.d", "units", "run/supervisord"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
         if not self._up():
             program = self.install / "supervisor" / "bin" / "supervisord"
-            env = {**os.environ, "PD_STATE_DIR": str(self.home), "PD_UNIT": "supervisord"}
             Path(self.socket).unlink(missing_ok=True)
             started = subprocess.run(
-                [str(program), "-c", str(self.home / "supervisord.conf")], env=env, cwd="/", capture_output=True, text=True,
+                [str(program), "-c", str(self.home / "supervisord.conf")], cwd="/", capture_output=True, text=True,
                 check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             end = time.monotonic() + 10
@@ -178,7 +177,7 @@ class Systemd:
         for unit in units:
             name = unit["name"]
             result[self.UNITS / f"{name}.service"] = (render.systemd_unit(unit, str(self.home), self.ratio), 0o644)
-            result[self.home / "units" / f"{name}.env"] = (render.systemd_env(unit, str(self.home)), 0o600)
+            result[self.home / "units" / f"{name}.env"] = (render.systemd_env(unit), 0o600)
         return result
 
     @staticmethod

@@ -9,18 +9,18 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Sequence, Tuple
 
 _LISTEN = "0A"
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process: its command line and, where we may read it, its environment."""
+    """One process: its command line and, where we may read it, its working directory."""
 
     pid: int
     command: str
-    env: Mapping[str, str]
+    cwd: str
 
 
 def _read(path: Path) -> bytes:
@@ -31,25 +31,31 @@ def _read(path: Path) -> bytes:
 
 
 def all_processes() -> Iterator[Process]:
-    """Yield every process that is not a zombie (environments of other users' processes are empty)."""
+    """Yield every process that is not a zombie (``cwd`` is empty for processes of other users)."""
     for folder in Path("/proc").glob("[0-9]*"):
         stat = _read(folder / "stat")
         if not stat or stat.rpartition(b")")[2].split()[:1] == [b"Z"]:
             continue
         command = _read(folder / "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
-        pairs = (item.partition("=") for item in _read(folder / "environ").decode(errors="replace").split("\0") if item)
-        yield Process(int(folder.name), command, {key: value for key, _, value in pairs})
+        try:
+            cwd = os.readlink(folder / "cwd").replace(" (deleted)", "")
+        except OSError:
+            cwd = ""
+        yield Process(int(folder.name), command, cwd)
 
 
-def ours(state_dir: str, unit: Optional[str] = None) -> List[Process]:
-    """Return the processes started for ``state_dir`` (and ``unit``), whoever their parent is now."""
-    return [
-        process
-        for process in all_processes()
-        if process.pid != os.getpid()
-        and process.env.get("PD_STATE_DIR") == state_dir
-        and unit in (None, process.env.get("PD_UNIT"))
-    ]
+def work_dir(state_dir: str, unit: str) -> str:
+    """Return the working directory of a unit; it marks the unit's processes.
+
+    Engines and routers overwrite their command line and environment with a title; the working directory stays.
+    """
+    return f"{state_dir}/run/{unit}"
+
+
+def ours(state_dir: str, unit: str = "") -> List[Process]:
+    """Return the processes of ``state_dir`` (of one unit, where named), whoever their parent is now."""
+    mark = work_dir(os.path.realpath(state_dir), unit)
+    return [p for p in all_processes() if p.pid != os.getpid() and (p.cwd == mark or p.cwd.startswith(mark.rstrip("/") + "/"))]
 
 
 def kill(pids: Iterable[int], grace_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import urllib.error
@@ -102,6 +103,8 @@ class Reconciler:
             if not self.check and write(path, text, mode):
                 reload = reload or path.suffix in (".conf", ".service", ".target")
         if not self.check:
+            for name in self.units:
+                Path(processes.work_dir(str(self.home), name)).mkdir(parents=True, exist_ok=True)
             self._write_private()
             if reload:
                 self.manager.reload()
@@ -296,7 +299,7 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
         if unit_files or name == "supervisord":
             manager.shutdown()
     strays = processes.ours(state_dir)
-    outcome.changed += [f"ended process {p.pid} ({p.env.get('PD_UNIT', '?')})" for p in strays]
+    outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
     if not check:
         processes.kill([p.pid for p in strays], 10.0)
     for folder in folders:
@@ -311,7 +314,13 @@ def _remove_tree(folder: Path) -> None:
     marker = folder / ".pd"
     if not marker.exists():
         raise UserError(f"{folder} has no file .pd, so it is not one that deploy_pd.yml made: remove it yourself if it should go")
-    shutil.rmtree(folder)
+    # Hosts of the inventory may share the folder and get here together: the first takes it away, the others find it gone.
+    gone = folder.with_name(f".{folder.name}.gone-{os.getpid()}")
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone)
 
 
 def claim(folder: str) -> bool:

@@ -7,6 +7,8 @@ import json
 import shlex
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+from .processes import work_dir
+
 Json = Dict[str, Any]
 #: The API key and the launcher that reads it, under a host's state directory.
 KEY_FILE = "secrets/api_key"
@@ -59,8 +61,8 @@ def identity(unit: Mapping[str, Any], secret: str = "") -> str:
 def run_script(unit: Mapping[str, Any], state_dir: str) -> str:
     """Return a shell script that becomes the unit's process: supervisord runs it, and so can a person."""
     lines = ["#!/bin/sh", HEADER]
-    env = {**unit["env"], "PD_UNIT": unit["name"], "PD_STATE_DIR": state_dir}
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in sorted(unit["env"].items())]
+    lines.append(f"cd {shlex.quote(work_dir(state_dir, unit['name']))} || exit 1")
     lines.append("exec " + _command_lines(unit["argv"], shlex.quote))
     return "\n".join(lines) + "\n"
 
@@ -71,7 +73,7 @@ def supervisor_program(unit: Mapping[str, Any], state_dir: str) -> str:
     return f"""{HEADER.replace("#", ";", 1)}
 [program:{name}]
 command=/bin/sh {state_dir}/units/{name}.sh
-directory={state_dir}
+directory={work_dir(state_dir, name)}
 autostart=false
 autorestart=true
 startsecs=2
@@ -98,7 +100,7 @@ logfile={state_dir}/log/supervisord.log
 logfile_maxbytes=16MB
 pidfile={state_dir}/supervisord.pid
 childlogdir={state_dir}/log
-directory={state_dir}
+directory={work_dir(state_dir, "supervisord")}
 
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
@@ -146,7 +148,7 @@ PartOf=pd.target
 
 [Service]
 EnvironmentFile={state_dir}/units/{unit["name"]}.env
-WorkingDirectory={state_dir}
+WorkingDirectory={work_dir(state_dir, unit["name"])}
 ExecStart={_command_lines(unit["argv"], _systemd_word)}
 Restart=on-failure
 RestartSec=5
@@ -164,10 +166,9 @@ WantedBy=pd.target
 """
 
 
-def systemd_env(unit: Mapping[str, Any], state_dir: str) -> str:
+def systemd_env(unit: Mapping[str, Any]) -> str:
     """Return the EnvironmentFile of a unit."""
-    env = {**unit["env"], "PD_UNIT": unit["name"], "PD_STATE_DIR": state_dir}
-    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in env.items()}
+    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in unit["env"].items()}
     return "\n".join([HEADER, *(f'{key}="{value}"' for key, value in sorted(quoted.items()))]) + "\n"
 
 
@@ -188,7 +189,7 @@ def rendered_files(plan: Mapping[str, Any], host: str) -> Dict[str, str]:
     files = {"pd.target": systemd_target(), "supervisord.conf": supervisor_conf(state_dir, socket_path(state_dir))}
     for unit in host_units(plan, host):
         files[f"{unit['name']}.service"] = systemd_unit(unit, state_dir, plan["ratio"])
-        files[f"{unit['name']}.env"] = systemd_env(unit, state_dir)
+        files[f"{unit['name']}.env"] = systemd_env(unit)
         files[f"{unit['name']}.conf"] = supervisor_program(unit, state_dir)
         files[f"{unit['name']}.sh"] = run_script(unit, state_dir)
     return files

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
-import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 from .errors import UserError, listing
 from .managers import tail
+from .processes import work_dir
 from .reconcile import STEP_S, Outcome, claim
 
 Json = Dict[str, Any]
@@ -71,16 +71,16 @@ class Venv:
         lines.append(f"printf %s {self.stamp()} > {target}/.pd-stamp")
         script = self.work / "install.sh"
         script.write_text("\n".join(lines) + "\n")
-        env = {**os.environ, "PD_STATE_DIR": self.state_dir, "PD_UNIT": f"install-{self.name}"}
+        marked = work_dir(self.state_dir, f"install-{self.name}")
+        Path(marked).mkdir(parents=True, exist_ok=True)
         with open(f"{work}/log", "wb") as log:
             process = subprocess.Popen(
                 ["/bin/sh", str(script)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=env,
                 start_new_session=True,
-                cwd="/",
+                cwd=marked,
             )
         (self.work / "pid").write_text(str(process.pid))
         (self.work / "started").write_text(str(time.time()))
@@ -91,7 +91,8 @@ class Venv:
             age = f"{time.time() - float((self.work / 'started').read_text()):.0f} s"
         except (OSError, ValueError):
             age = "new"
-        last = tail(self.work / "log", 1).strip()[:90]
+        said = [line for line in tail(self.work / "log", 20).splitlines() if not line.startswith("WARNING")]
+        last = said[-1].strip().partition(" (from ")[0][:60] if said else ""
         return f"{self.name} ({age}): {last}" if last else f"{self.name} ({age})"
 
 

@@ -1,0 +1,26 @@
+"""Everything that a run was made of, in a form that `bench.yml -e @manifest.json` runs again."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping
+
+from .variables import BENCH, CLUSTER, VARIABLES
+
+Json = Dict[str, Any]
+
+
+def make(plan: Mapping[str, Any], settings: Mapping[str, Any], about: Mapping[str, Any]) -> Json:
+    """Return the manifest: variables at the top level, all else under ``manifest``.
+
+    ``settings``: the deployment's and the load's values, without secrets; ``about``: versions, hosts, times.
+    """
+    variables: Json = {}
+    for name, value in settings.items():
+        row = VARIABLES[name]
+        if row.scope in (CLUSTER, BENCH) and not row.secret and value is not None and value != row.default:
+            variables[name] = value
+    variables.update(plan["overrides"])
+    variables["ratio"] = plan["ratio"]
+    if settings.get("run_label"):
+        variables["run_label"] = settings["run_label"]
+    return {**variables, "manifest": dict(about)}

@@ -1,0 +1,90 @@
+#!/usr/bin/python
+"""Benchmark runs on the client host."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pd_bench
+short_description: Start, watch, stop and pack benchmark runs on the client host
+description:
+  - C(run) starts C(pdbench run) detached, so that it survives the controller, and reports how far it is; the action
+    C(pd_poll) calls it until it is done. C(left_over) ends runs that no controller watches any more and lists them.
+options:
+  action: {description: What to do., type: str, choices: [run, left_over, pack, drop], required: true}
+  state_dir: {description: State directory of the client host., type: path, required: true}
+  run_id: {description: The run., type: str, default: ""}
+  argv: {description: "The load generator's command; C({dir}) is the run's folder.", type: list, elements: str, default: []}
+  plan: {description: The deployed plan., type: dict, default: {}}
+  files: {description: Base64 contents of the trace file., type: dict, default: {}}
+  api_key: {description: The key of the deployment., type: str}
+  needed_mb: {description: Free disk that must be there., type: int, default: 0}
+  python: {description: The Python that has pdbench., type: str, default: ""}
+  resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
+attributes:
+  check_mode: {support: full, description: Starts and removes nothing.}
+  diff_mode: {support: none, description: There is no file to show.}
+author: [the pd project]
+"""
+
+EXAMPLES = r"""
+- name: The load
+  pd_poll:
+    module: pd_bench
+    args: {action: run, run_id: 20260101-120000-3p1d, state_dir: /var/lib/pd, argv: "{{ pd_bench.argv }}", plan: "{{ pd_plan }}"}
+"""
+
+RETURN = r"""
+done: {description: Whether the run has ended., returned: "C(action) run", type: bool, sample: true}
+message: {description: How far it is., returned: "C(action) run", type: str, sample: "point 1 of 3: 120 of 200 requests"}
+runs: {description: Runs that were never fetched., returned: "C(action) left_over", type: list, sample: []}
+archive: {description: Path of the packed run., returned: "C(action) pack", type: str, sample: /var/lib/pd/runs/x.tar.gz}
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pdlib import bench_job
+from ansible.module_utils.pdlib.errors import UserError
+
+
+def main() -> None:
+    """Do the one action."""
+    module = AnsibleModule(
+        argument_spec={
+            "action": {"type": "str", "choices": ["run", "left_over", "pack", "drop"], "required": True},
+            "state_dir": {"type": "path", "required": True},
+            "run_id": {"type": "str", "default": ""},
+            "argv": {"type": "list", "elements": "str", "default": []},
+            "plan": {"type": "dict", "default": {}},
+            "files": {"type": "dict", "default": {}},
+            "api_key": {"type": "str", "no_log": True},
+            "needed_mb": {"type": "int", "default": 0},
+            "python": {"type": "str", "default": ""},
+            "resumed": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    p = module.params
+    job = bench_job.Job(p["state_dir"], p["run_id"])
+    result = {"changed": False, "changes": []}
+    try:
+        if p["action"] == "left_over":
+            runs = bench_job.left_over(p["state_dir"])
+            stop = not module.check_mode
+            result["runs"] = [bench_job.Job(p["state_dir"], run).stop(p["python"]) if stop else {"run_id": run} for run in runs]
+        elif module.check_mode:
+            result.update(done=True, archive="")
+        elif p["action"] == "run":
+            if not p["resumed"]:
+                job.start(p["argv"], p["plan"], next(iter(p["files"].values()), ""), p["api_key"], p["needed_mb"])
+            outcome = job.watch()
+            result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
+        elif p["action"] == "pack":
+            result["archive"] = job.pack()
+        else:
+            job.drop()
+    except UserError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

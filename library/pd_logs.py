@@ -1,0 +1,52 @@
+#!/usr/bin/python
+"""The ends of the units' logs."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pd_logs
+short_description: Return the end of every unit's log
+description: [Reads only; a run keeps what it returns beside its records.]
+options:
+  state_dir: {description: State directory of the host., type: path, required: true}
+  service_manager: {description: Who runs the units., type: str, choices: [systemd, supervisord], required: true}
+  units: {description: Names of the units., type: list, elements: str, required: true}
+  lines: {description: Lines of each log., type: int, default: 300}
+attributes:
+  check_mode: {support: full, description: Reads only.}
+  diff_mode: {support: none, description: Reads only.}
+author: [the pd project]
+"""
+
+EXAMPLES = r"""
+- name: Logs
+  pd_logs: {state_dir: /var/lib/pd, service_manager: systemd, units: [pd-prefill-0]}
+  register: _logs
+"""
+
+RETURN = r"""
+logs: {description: The ends of the logs by unit., returned: always, type: dict, sample: {pd-prefill-0: ready}}
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.pdlib.managers import MANAGERS
+
+
+def main() -> None:
+    """Read and return."""
+    module = AnsibleModule(
+        argument_spec={
+            "state_dir": {"type": "path", "required": True},
+            "service_manager": {"type": "str", "choices": ["systemd", "supervisord"], "required": True},
+            "units": {"type": "list", "elements": "str", "required": True},
+            "lines": {"type": "int", "default": 300},
+        },
+        supports_check_mode=True,
+    )
+    p = module.params
+    manager = MANAGERS[p["service_manager"]](p["state_dir"], "", "")
+    module.exit_json(changed=False, logs={unit: manager.log_tail(unit, p["lines"]) for unit in p["units"]})
+
+
+if __name__ == "__main__":
+    main()
