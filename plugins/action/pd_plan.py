@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,15 @@ class ActionModule(ActionBase):
             made = planner.make()
             if verb == "bench":
                 clients = groups["bench_clients"]
-                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT))
                 planner.check_limit(clients[:1])
+                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
             facts["pd_plan"] = made
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
                 display.display("\n" + tables.workers(made) + "\n")
+        elif groups["bench_clients"]:
+            facts["pd_bench"] = bench_spec.client(cluster, groups["bench_clients"][0], by_host, str(ROOT))
         facts["pd_settings"] = {k: v for k, v in cluster.items() if not VARIABLES[k].secret}
         facts["pd_live_pids"] = [p.pid for p in processes.all_processes() if "ansible" in p.command]
         facts["pd_current"] = current or {}

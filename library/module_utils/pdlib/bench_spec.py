@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 from .errors import UserError
+from .units import KEY_FILE
 
 Json = Dict[str, Any]
 #: Virtualenv of the load generator on the client host.
@@ -49,14 +50,31 @@ def load_arguments(cluster: Mapping[str, Any], trace: str) -> List[str]:
     return items
 
 
+def client(cluster: Mapping[str, Any], name: str, hosts: Mapping[str, Any], root: str) -> Json:
+    """Return where runs are made and where they go, whatever they measure."""
+    settings = hosts[name]
+    return {
+        "client": name,
+        "state_dir": settings["state_dir"],
+        "install_dir": settings["install_dir"],
+        "venv_python": settings["venv_python"],
+        "python": f"{settings['install_dir']}/{VENV}/bin/python",
+        "results_dir": str(Path(root) / cluster["results_dir"]),
+    }
+
+
 def make(
-    plan: Mapping[str, Any], cluster: Mapping[str, Any], clients: Sequence[str], hosts: Mapping[str, Any], root: str
+    plan: Mapping[str, Any],
+    cluster: Mapping[str, Any],
+    clients: Sequence[str],
+    hosts: Mapping[str, Any],
+    root: str,
+    now: float,
 ) -> Json:
-    """Return the run: ``client``, ``argv`` (placeholders {dir} and {trace}), ``needed_mb``, ``install`` and more."""
+    """Return the run: ``client``, ``argv`` ({dir} stands for its folder there), ``needed_mb``, ``install`` and more."""
     if not clients:
         raise UserError("bench_clients is empty: name the host that sends the load in that group of the inventory")
-    client = clients[0]
-    settings = hosts[client]
+    where = client(cluster, clients[0], hosts, root)
     for rate in cluster["bench_request_rate"] or []:
         try:
             good = float(rate) > 0
@@ -73,23 +91,17 @@ def make(
     points = len(cluster["bench_request_rate"] or cluster["bench_concurrency"])
     tokens = cluster["bench_max_output_len"] or (1000 if trace else _longest(cluster["bench_output_len"]))
     needed = points * cluster["bench_num_requests"] * (_BYTES_PER_REQUEST + tokens * _BYTES_PER_TOKEN)
-    home = settings["state_dir"]
-    argv = [f"{settings['install_dir']}/{VENV}/bin/python", "-m", "pdbench", "run", "--url", plan["router"]["url"]]
+    argv = [where["python"], "-m", "pdbench", "run", "--url", plan["router"]["url"]]
     argv += ["--model", plan["served_model_name"], *load_arguments(cluster, "{dir}/trace.jsonl" if trace else "")]
     argv += ["--plan", "{dir}/plan.json", "--output", "{dir}"]
     if plan["api_key"]:
-        argv += ["--api-key-file", f"{home}/secrets/api_key"]
+        argv += ["--api-key-file", f"{where['state_dir']}/{KEY_FILE}"]
     return {
-        "client": client,
+        **where,
+        "run_id": run_id(plan, cluster["run_label"], now),
         "argv": argv,
         "trace": trace,
         "needed_mb": cluster["bench_min_free_mb"] + needed // 1_000_000,
-        "runs_dir": f"{home}/runs",
         "install": [{"name": VENV, "requirements": ["requirements/pdbench.txt", "pdbench"]}],
-        "install_dir": settings["install_dir"],
-        "state_dir": home,
-        "venv_python": settings["venv_python"],
-        "results_dir": str(Path(root) / cluster["results_dir"]),
-        "label": cluster["run_label"],
         "max_error_rate": cluster["bench_max_error_rate"],
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Tuple, Type, Union
 
+from . import processes
 from . import units as render
 from .errors import UserError
 
@@ -158,7 +159,7 @@ class Supervisord:
         if self._up():
             self._call("shutdown")
             end = time.monotonic() + 20
-            while self._up() and time.monotonic() < end:
+            while processes.ours(str(self.home), "supervisord") and time.monotonic() < end:
                 time.sleep(0.05)
         Path(self.socket).unlink(missing_ok=True)
 

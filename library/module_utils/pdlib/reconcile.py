@@ -79,7 +79,10 @@ class Reconciler:
         write(self.record_file, json.dumps(self.record, indent=1, sort_keys=True) + "\n", 0o600)
 
     def _identity(self, name: str) -> str:
-        return identity(self.units[name], self.secret)
+        """What the unit is started as: its command line, its key, and the virtualenv that it runs from."""
+        stamp = Path(self.units[name]["argv"][0]).parent.parent / ".pd-stamp"
+        installed = stamp.read_text() if stamp.exists() else ""
+        return identity(self.units[name], self.secret + installed)
 
     def _change(self, text: str) -> None:
         if text not in self.outcome.changed:

@@ -1,0 +1,77 @@
+"""Runs a Python module with a secret as the value of its last flag, so that the secret stands in no command line.
+
+    python with_api_key.py KEYFILE FLAG MODULE [ARGS...]
+
+is `python -m MODULE ARGS... FLAG <what KEYFILE holds>`, but the flag and the key are added inside this process: they
+are neither in /proc/<pid>/cmdline nor in /proc/<pid>/environ, and what this process logs through `logging` shows *** in
+the key's place (SGLang logs all its arguments at the start).
+
+KEYFILE must be a regular file of the user who runs this, closed to everyone else (0600 or 0400), and hold one word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import stat
+import sys
+
+USAGE = "usage: python with_api_key.py KEYFILE FLAG MODULE [ARGS...]"
+
+
+class KeyFileError(Exception):
+    """The key file cannot be used; the message says why, and never what it holds."""
+
+
+def read_key(path: str) -> str:
+    """The word in the key file. The checks are made on the open file, so it cannot be exchanged in between."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise KeyFileError(f"{path} is not a regular file")
+            if state.st_uid != os.geteuid():
+                raise KeyFileError(f"{path} belongs to user {state.st_uid}, not to user {os.geteuid()} who runs this")
+            if state.st_mode & 0o077:
+                raise KeyFileError(f"{path} has mode {stat.S_IMODE(state.st_mode):04o}: others must not read it, use 0600")
+            words = file.read().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read {path}: {error}") from error
+    if len(words) != 1:
+        raise KeyFileError(f"{path} holds {len(words)} words: it must hold the key and nothing else")
+    return words[0]
+
+
+def hide_in_logs(secret: str) -> None:
+    """Let every record that this process logs from now on show *** where `secret` stands."""
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:
+            return super().getMessage().replace(secret, "***")
+
+    logging.setLogRecordFactory(Record)
+
+
+def main(argv: list[str]) -> int:
+    """Command line; see the top of the file. Returns only when there was nothing to run, or when MODULE returned."""
+    if len(argv) < 4:
+        print(USAGE, file=sys.stderr)
+        return 2
+    _, key_file, flag, module, *arguments = argv
+    try:
+        key = read_key(key_file)
+    except KeyFileError as error:
+        print(f"with_api_key: {error}", file=sys.stderr)
+        return 2
+    hide_in_logs(key)
+    # `python -m` has the working folder where `python FILE` has the folder of FILE
+    sys.path[0] = os.getcwd()
+    sys.argv = [module, *arguments, flag, key]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+# processes which MODULE spawns import the main module again, and must not start it again
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,144 @@
+"""Results on the controller: room for them, unpacking, and the report with its verdict."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ansible import context
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "library" / "module_utils"))
+
+from pdlib import manifest  # noqa: E402
+
+display = Display()
+
+
+class ActionModule(ActionBase):
+    """`pd_results: {action: report, bench: "{{ pd_bench }}"}`; documented in library/pd_results.py."""
+
+    _VALID_ARGS = frozenset({"action", "bench", "run"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Do the one action on the controller."""
+        super().run(tmp, task_vars)
+        bench, results = self._task.args["bench"], Path(self._task.args["bench"]["results_dir"])
+        if self._task.check_mode:
+            return {"changed": False}
+        if self._task.args["action"] == "room":
+            return self._room(results, bench["needed_mb"])
+        if self._task.args["action"] == "unpack":
+            return self._unpack(results, self._task.args["run"], bench, task_vars or {})
+        return self._report(results, bench, task_vars or {})
+
+    @staticmethod
+    def _room(results: Path, needed_mb: int) -> dict[str, Any]:
+        try:
+            (results / ".incoming").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AnsibleActionFail(f"cannot make results_dir {results}: {error.strerror}") from None
+        free = shutil.disk_usage(results).free // 1_000_000
+        if free < needed_mb:
+            raise AnsibleActionFail(
+                f"no room for results: {results} has {free} MB free, and {needed_mb} MB are needed "
+                "(bench_min_free_mb and what the requests' records take); nothing was started"
+            )
+        return {"changed": False}
+
+    def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+        archive = results / ".incoming" / f"{run['run_id']}.tar.gz"
+        with tarfile.open(archive) as tar:
+            tar.extractall(results, filter="data")
+        archive.unlink()
+        if run["found"] != "watched":
+            folder = results / run["run_id"]
+            code = self._pdbench(["gate", str(folder)]).returncode
+            self._pdbench(["report", str(folder)])
+            trust = "valid" if code == 0 else "marked as incomplete or invalid"
+            display.display(f"  an earlier run that nobody watched ({run['found']}) was fetched to {folder}: {trust}")
+        return {"changed": True}
+
+    @staticmethod
+    def python() -> str | None:
+        """Return a Python of the controller that has pdbench, None when `make setup` was never run."""
+        if importlib.util.find_spec("pdbench") and importlib.util.find_spec("matplotlib"):
+            return sys.executable
+        own = ROOT / ".venv" / "bin" / "python"
+        return str(own) if own.exists() else None
+
+    def _pdbench(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.python()), "-m", "pdbench", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _about(self, task_vars: dict[str, Any], bench: dict[str, Any]) -> dict[str, Any]:
+        def git(*words: str) -> str:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+            return done.stdout.strip() if done.returncode == 0 else ""
+
+        hosts = {}
+        for host, entry in task_vars["pd_plan"]["hosts"].items():
+            hosts[host] = {**entry, "found": task_vars["hostvars"][host].get("_pd_found", {}).get("found", {})}
+        return {
+            "schema": 1,
+            "run_id": bench["run_id"],
+            "inventory": [str(source) for source in context.CLIARGS.get("inventory") or []],
+            "limit": context.CLIARGS.get("subset"),
+            "client": bench["client"],
+            "command": bench["argv"],
+            "max_error_rate": bench["max_error_rate"],
+            "versions": {
+                "pdbench": version("pdbench") if importlib.util.find_spec("pdbench") else "",
+                "ansible-core": version("ansible-core"),
+                "python": platform.python_version(),
+                "engine": f"{task_vars['pd_plan']['engine']} {task_vars['pd_plan']['engine_version']}",
+                "router": f"{task_vars['pd_plan']['router']['name']} {task_vars['pd_plan']['router']['version']}",
+            },
+            "git": {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()},
+            "hosts": hosts,
+        }
+
+    def _report(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+        folder = results / bench["run_id"]
+        plan, settings = task_vars["pd_plan"], task_vars["pd_settings"]
+        made = manifest.make(plan, settings, self._about(task_vars, bench))
+        (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        for host in task_vars["ansible_play_hosts_all"]:
+            for unit, text in task_vars["hostvars"][host].get("_pd_logs", {}).get("logs", {}).items():
+                (logs / f"{host}-{unit}.log").write_text(text + "\n")
+        gate = self._pdbench(["gate", str(folder), "--max-error-rate", str(bench["max_error_rate"])])
+        report = self._pdbench(["report", str(folder)])
+        latest = results / "latest"
+        fresh = results / ".latest"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(bench["run_id"])
+        fresh.replace(latest)
+        table = (folder / "run.log").read_text() if (folder / "run.log").exists() else ""
+        table = table[table.rfind("\n\n") + 1 :] if "\n\n" in table else table
+        display.display("\n" + "\n".join([table.rstrip(), "", gate.stdout.rstrip(), gate.stderr.rstrip()]))
+        if report.returncode:
+            raise AnsibleActionFail(f"the report could not be made:\n{report.stderr.strip()[-2000:]}")
+        display.display(f"\nreport: {folder / 'report.html'}    (results/latest points to it)\n")
+        if gate.returncode == 3:
+            raise AnsibleActionFail(f"the run is INVALID (reasons above and in {folder / 'validity.json'}); its records are kept")
+        if gate.returncode:
+            raise AnsibleActionFail(f"the gate could not judge the run:\n{gate.stderr.strip()[-2000:]}")
+        return {"changed": True, "folder": str(folder)}
