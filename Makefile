@@ -1,0 +1,54 @@
+# make setup | demo | test | test-real | lock | flags | docs | clean
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
+
+.PHONY: setup setup-dev demo test test-real lint lock flags docs clean
+
+setup: $(VENV)/.controller
+
+$(VENV)/.controller: requirements/controller.txt bench/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed (this is %d.%d): make setup PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Setting up $(VENV): ansible-core, pdbench and what plots need (a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements/controller.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e bench
+	@touch $@
+	@echo "Done. Now: . $(VENV)/bin/activate && ansible-playbook deploy_pd.yml"
+
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.dev: $(VENV)/.controller requirements/dev.txt
+	@echo "Adding what the tests need"
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+demo: setup
+	@tools/demo.sh
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
+
+test: lint
+	$(BIN)/pytest
+
+test-real: setup-dev
+	$(BIN)/pytest tests/real -o timeout=900
+
+lock: setup-dev
+	@tools/lock.sh
+
+flags: setup-dev
+	$(BIN)/python tools/flag_table.py --all
+
+docs: setup
+	$(BIN)/python tools/docs_variables.py
+
+clean:
+	rm -rf .pd results .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
