@@ -9,7 +9,7 @@ short_description: Read, lock and keep the deployed plan on the router's host
 description: [The plan is replaced atomically; one command at a time holds the lock.]
 options:
   action:
-    description: C(read) returns the plan, C(lock) also takes the lock, C(store) keeps C(plan), C(unlock) gives the lock back.
+    description: C(read) returns the plan, C(lock) also takes the lock, C(store) keeps C(plan) and gives the lock back, C(unlock) gives the lock back.
     type: str
     choices: [read, lock, store, unlock]
     required: true
@@ -17,6 +17,7 @@ options:
   owner: {description: "Who takes the lock: controller, pid, user, verb.", type: dict, default: {}}
   live_pids: {description: "Processes of the controller that are alive, among those that may hold the lock.", type: list, elements: int, default: []}
   steal: {description: Take over the lock of another controller., type: bool, default: false}
+  keep_lock: {description: "With C(store): do not give the lock back yet.", type: bool, default: false}
   plan: {description: The plan to keep., type: dict, default: {}}
 attributes:
   check_mode: {support: full, description: Takes no lock and stores nothing.}
@@ -49,6 +50,7 @@ def main() -> None:
             "owner": {"type": "dict", "default": {}},
             "live_pids": {"type": "list", "elements": "int", "default": []},
             "steal": {"type": "bool", "default": False},
+            "keep_lock": {"type": "bool", "default": False},
             "plan": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
@@ -61,6 +63,8 @@ def main() -> None:
             result["changed"] = before != p["plan"]
             if not module.check_mode:
                 deployed.store(p["state_dir"], p["plan"])
+                if not p["keep_lock"]:
+                    deployed.unlock(p["state_dir"], p["owner"])
         elif p["action"] == "unlock":
             if not module.check_mode:
                 deployed.unlock(p["state_dir"], p["owner"])

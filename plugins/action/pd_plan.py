@@ -84,6 +84,7 @@ class ActionModule(ActionBase):
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
             facts["pd_plan"] = made
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
+            facts["pd_leaving"] = plan.leaving(current, made)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
                 display.display("\n" + tables.workers(made) + "\n")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import base64
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,32 @@ ROOT = Path(__file__).resolve().parents[2]
 display = Display()
 
 
+def wheel(root: Path) -> Path:
+    """Return pdbench's wheel, built from this checkout when its sources changed; hosts install it, not a checkout."""
+    bench, dist = root / "bench", root / ".pd" / "dist"
+    sources = [bench / "pyproject.toml", bench / "README.md", *sorted((bench / "pdbench").rglob("*"))]
+    digest = hashlib.sha256()
+    for path in sources:
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    folder = dist / digest.hexdigest()[:12]
+    dist.mkdir(parents=True, exist_ok=True)
+    with open(dist / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            for old in dist.glob("*/"):
+                shutil.rmtree(old)
+            command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", str(folder)]
+            done = subprocess.run([*command, str(bench)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                raise AnsibleActionFail(f"pdbench's wheel could not be built:\n{done.stderr.strip()[-2000:]}")
+    return next(folder.glob("*.whl"))
+
+
 class ActionModule(ActionBase):
     """`pd_poll: {module: pd_units, args: {...}, timeout: 600, files: [...]}`; documented in library/pd_poll.py."""
 
-    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "wheel", "quiet_s"})
+    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "quiet_s"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the last step's result, with the changes of all steps."""
@@ -26,13 +53,10 @@ class ActionModule(ActionBase):
         variables = task_vars or {}
         module, timeout = self._task.args["module"], float(self._task.args.get("timeout", 1800))
         arguments = dict(self._task.args.get("args") or {})
-        files = {name: ROOT / name.removeprefix("no-deps:") for name in self._task.args.get("files") or []}
-        if self._task.args.get("wheel"):
-            files["pdbench"] = Path(self._task.args["wheel"])
-        if files:
-            arguments["files"] = {
-                name.removeprefix("no-deps:"): base64.b64encode(path.read_bytes()).decode() for name, path in files.items()
-            }
+        names = [name.removeprefix("no-deps:") for name in self._task.args.get("files") or []]
+        if names:
+            paths = {name: wheel(ROOT) if name == "pdbench" else ROOT / name for name in names}
+            arguments["files"] = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
         host, started, shown = variables["inventory_hostname"], time.monotonic(), time.monotonic()
         changes: list[str] = []
         diff: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class ActionModule(ActionBase):
             done = variables["hostvars"][host].get("_pd_units", {}).get("changes")
             rows.append([host, "; ".join(done or []) or "nothing to do"])
         verb = self._task.args["verb"]
+        if verb != "teardown" and not self._task.check_mode:
+            self._keep_copy(variables)
         plan = variables.get("pd_plan") or {}
         text = tables.table(["host", "what happened"], rows)
         if plan:
@@ -52,3 +55,10 @@ class ActionModule(ActionBase):
             text += f"\nready: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}
+
+    @staticmethod
+    def _keep_copy(variables: dict[str, Any]) -> None:
+        """Keep a copy of the deployed plan on the controller, for planning without contact."""
+        path = Path(variables["pd_owner"]["plan_copy"])
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(json.dumps(variables["pd_plan"], indent=1, sort_keys=True) + "\n")

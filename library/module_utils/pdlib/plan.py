@@ -437,3 +437,13 @@ def inventory_id(sources: Sequence[str]) -> str:
     """Return a short name for an inventory: its folder's name and a hash of its path."""
     names = "+".join(source.rstrip("/").rsplit("/", 1)[-1] for source in sources)
     return f"{names}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:8]}"
+
+
+def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> List[str]:
+    """Return the workers of the deployed plan that the new plan stops or starts anew: the router must let go of them."""
+
+    def key(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
+        return worker["name"], worker["url"], repr([(rank["host"], rank["argv"], rank["env"]) for rank in worker["ranks"]])
+
+    staying = {key(worker) for worker in plan["workers"]}
+    return [worker["name"] for worker in (current or {}).get("workers", []) if key(worker) not in staying]
