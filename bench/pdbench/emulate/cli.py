@@ -1,0 +1,142 @@
+"""`pdbench emulate`: one SGLang-compatible worker without a model and without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import stat
+import sys
+from pathlib import Path
+
+import uvloop
+
+from pdbench.emulate import profile
+from pdbench.emulate.engine import WorkerConfig
+from pdbench.emulate.handshake import Timeouts
+from pdbench.emulate.server import CannotListenError, Server
+
+log = logging.getLogger("pdbench.emulate")
+
+
+class _BadArgumentError(ValueError):
+    """An argument whose content cannot be used."""
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns 0 after a clean stop, 1 for a taken port, 2 for bad arguments."""
+    options = _parser().parse_args(argv)
+    try:
+        config = _config(options)
+    except ValueError as problem:
+        print(f"pdbench emulate: {problem}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    log.info(
+        "this is an EMULATOR (pdbench emulate), not SGLang: no model, no GPU, rates from profile %s (%s)",
+        options.profile,
+        config.profile.description,
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except CannotListenError as problem:
+        print(f"pdbench emulate: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdbench emulate",
+        description="Serve as an SGLang prefill, decode or aggregated worker, without a model and without a GPU.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--role", required=True, choices=("prefill", "decode", "aggregated"))
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", required=True, type=_port)
+    add(
+        "--bootstrap-port",
+        "--disaggregation-bootstrap-port",
+        default=8998,
+        type=_port,
+        help="where a prefill worker meets decode workers (default: %(default)s)",
+    )
+    add("--profile", default="tiny", help=f"a YAML file, or one of: {', '.join(profile.shipped())} (default: tiny)")
+    add("--transport", default="tcp", choices=profile.TRANSPORTS, help="how KV travels (default: %(default)s)")
+    add("--model-path", default="emulated", help="name to report; nothing is loaded (default: %(default)s)")
+    add("--served-model-name", help="name that clients use (default: the model path)")
+    add("--tp-size", "--tensor-parallel-size", default=1, type=_count, help="reported only (default: %(default)s)")
+    add("--max-running-requests", type=_count, help="requests decoded together (default: the profile's)")
+    add("--context-length", type=_count, help="tokens of prompt and output (default: the profile's)")
+    add("--api-key-file", type=Path, help="file of mode 0600 with the key that clients must send")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port between 1 and 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _config(options: argparse.Namespace) -> WorkerConfig:
+    figures = profile.load(options.profile)
+    if options.role == "prefill" and options.port == options.bootstrap_port:
+        raise _BadArgumentError(f"--port and --bootstrap-port are both {options.port}; they must differ")
+    return WorkerConfig(
+        role=options.role,
+        host=options.host,
+        port=options.port,
+        bootstrap_port=options.bootstrap_port,
+        profile=figures,
+        transport=options.transport,
+        model_path=options.model_path,
+        served_model_name=options.served_model_name or options.model_path,
+        tp_size=options.tp_size,
+        max_running_requests=options.max_running_requests or figures.max_running_requests,
+        context_length=options.context_length or figures.context_length,
+        timeouts=Timeouts.from_environment(),
+        api_key=None if options.api_key_file is None else _read_key(options.api_key_file),
+    )
+
+
+def _read_key(path: Path) -> str:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise _BadArgumentError(f"--api-key-file {path}: mode is {mode:04o}, others can read it; chmod 600 {path}")
+        key = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "not text"
+        raise _BadArgumentError(f"--api-key-file {path}: {reason}") from None
+    if not key:
+        raise _BadArgumentError(f"--api-key-file {path}: the file is empty")
+    return key
+
+
+async def _serve(config: WorkerConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = Server(config)
+    starting, stopping = asyncio.ensure_future(server.start()), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            log.info("ready: %s worker on %s:%d, model %s", config.role, config.host, config.port, config.model_path)
+            await stopping
+        else:
+            starting.cancel()
+        log.info("stopping")
+    finally:
+        stopping.cancel()
+        await server.stop()
