@@ -139,7 +139,14 @@ class Supervisord:
     def start(self, names: Sequence[str]) -> None:
         """Start units; do not wait."""
         for name in names:
-            self._call("startProcess", name, False)
+            try:
+                self._call("startProcess", name, False)
+            except xmlrpc.client.Fault as fault:
+                if "ALREADY_STARTED" not in fault.faultString:
+                    raise
+                # It died and waits for its next try, with what it was before: begin anew.
+                self._call("stopProcess", name, True)
+                self._call("startProcess", name, False)
 
     def stop(self, names: Sequence[str]) -> None:
         """Stop units; do not wait."""

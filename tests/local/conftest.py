@@ -1,0 +1,146 @@
+"""A copy of the checkout with ports of its own, in which the verbs run as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pdlib import processes
+
+REPO = Path(__file__).resolve().parents[2]
+ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+ADDRESSES = ("127.0.0.1", "127.0.0.2")
+
+
+def free_base(count: int, start: int) -> int:
+    """A port from which ``count`` are free on both of the default inventory's addresses."""
+    base = start + (os.getpid() * 37) % 2000
+    while True:
+        ports = range(base, base + count)
+        if not processes.taken_ports([(address, port) for address in ADDRESSES for port in ports]):
+            return base
+        base += count
+
+
+class Play:
+    """The outcome of one ansible-playbook command."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]):
+        self.code, self.text = done.returncode, done.stdout + done.stderr
+        rows = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+).*failed=(\d+)", self.text, re.M)
+        self.changed = {host: int(changed) for host, changed, _ in rows}
+
+    def good(self) -> Play:
+        assert self.code == 0, self.text[-6000:]
+        return self
+
+
+class Checkout:
+    """A copy of the working tree; ``play`` runs a verb in it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        names = subprocess.run(
+            ["git", "-C", str(REPO), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for name in filter(None, names):
+            source, target = REPO / name, folder / name
+            if not source.exists() and not source.is_symlink():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+        base = free_base(40, 23000)
+        self.router_port, self.worker_port = base, base + 2
+        with open(folder / "group_vars" / "all.yml", "a") as file:
+            file.write(f"router_port: {base}\nrouter_prometheus_port: {base + 1}\n")
+            file.write(f"worker_port_base: {base + 2}\nbootstrap_port_base: {base + 20}\n")
+        self.url = f"http://127.0.0.1:{base}"
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        env = {**os.environ, "ANSIBLE_NOCOLOR": "1", "PATH": f"{ANSIBLE.parent}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            ["ansible-playbook", *args], cwd=self.folder, env=env, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def play(self, *args: str, timeout: float = 280) -> Play:
+        process = self.start(*args)
+        try:
+            out, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, _ = process.communicate()
+            pytest.fail(f"{args} took over {timeout} s:\n{out[-4000:]}")
+        return Play(subprocess.CompletedProcess(args, process.returncode, out, ""))
+
+    def state(self, host: str) -> Path:
+        return self.folder / ".pd" / f"state-{host}"
+
+    def pids(self) -> dict[str, int]:
+        """The process that supervisord runs for each unit."""
+        found: dict[str, int] = {}
+        for host in ("gh200", "a100"):
+            for process in processes.ours(str(self.state(host))):
+                unit = Path(process.cwd).name
+                if unit != "supervisord":
+                    found[unit] = min(process.pid, found.get(unit, process.pid))
+        return found
+
+    def processes(self) -> list[str]:
+        """Every process that belongs to this checkout in any way."""
+        mark = str(self.folder)
+        return [f"{p.pid} {p.command}" for p in processes.all_processes() if mark in p.cwd or mark in p.command]
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, key: str = "") -> Any:
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        data = json.dumps(body).encode() if body is not None else None
+        call = urllib.request.Request(self.url + path, data=data, headers=headers)
+        with urllib.request.urlopen(call, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def members(self) -> set[tuple[str, str]]:
+        return {(w["worker_type"], w["url"]) for w in self.ask("/workers")["workers"]}
+
+    def files(self) -> set[str]:
+        """Every file of the checkout that no install or result put there."""
+        skip = (".pd/install", ".pd/dist", "results/", "__pycache__", ".ansible")
+        found = (str(p.relative_to(self.folder)) for p in self.folder.rglob("*"))
+        return {name for name in found if not any(part in name + "/" for part in skip)}
+
+    def bound(self) -> set[tuple[str, int]]:
+        ports = range(self.router_port, self.router_port + 40)
+        return {(address, port) for address, port, _ in processes.listeners() if port in ports}
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Iterator[Checkout]:
+    folder = Path(tempfile.mkdtemp(prefix="pd-"))
+    made = Checkout(folder)
+    yield made
+    made.play("teardown.yml")
+    processes.kill([int(line.split()[0]) for line in made.processes()], 5)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def clean(checkout: Checkout) -> Iterator[Checkout]:
+    """The checkout with nothing deployed, before and after."""
+    yield checkout
+    checkout.play("teardown.yml").good()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

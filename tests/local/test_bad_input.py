@@ -1,0 +1,91 @@
+"""What a user gets wrong is refused before a host is touched: one clear message, no traceback, non-zero exit."""
+
+from __future__ import annotations
+
+import pytest
+from local.conftest import Checkout
+
+CASES = {
+    "ratio word": (["-e", "ratio=3x1d"], "ratio='3x1d' is not a ratio", "NpMd"),
+    "no prefill": (["-e", "ratio=0p4d"], "ratio='0p4d' is not a ratio", "NpMd"),
+    "half a ratio": (["-e", "ratio=3p"], "ratio='3p' is not a ratio", "NpMd"),
+    "too few GPUs": (["-e", "ratio=7p2d"], "needs 7 x 1 GPU(s); GPUs by host: gh200 4 and a100 4", "ratios that fit"),
+    "unknown host": (["-l", "gh20"], "gh20", "Could not match"),
+    "router left out": (["-l", "gh200"], "--limit leaves out a100, the router", "type -l gh200,a100"),
+    "worker left out": (["-l", "a100", "-e", "ratio=4p4d"], "it needs gh200, too", "type -l a100,gh200"),
+    "unknown variable": (["-e", "ratoi=3p1d"], "there is no variable ratoi", "did you mean ratio?"),
+    "unknown engine": (["-e", "engine=sglan"], "engine='sglan'", "did you mean sglang?"),
+    "unknown backend": (["-e", "transfer_backend=nixel"], "transfer_backend='nixel'", "did you mean nixl?"),
+    "no tensor parallelism": (["-e", "tensor_parallel_size=0"], "tensor_parallel_size='0' (-e)", "at least 1"),
+    "not a number": (["-e", "tensor_parallel_size=two"], "tensor_parallel_size='two' (-e)", "a whole number"),
+    "unknown flag": (
+        ["-e", "engine=sglang", "-e", "model=m", "-e", '{"engine_args": {"page-sise": 16}}'],
+        "has no flag page-sise",
+        "did you mean page-size?",
+    ),
+    "removed flag": (
+        ["-e", "engine=sglang", "-e", "model=m", "-e", '{"engine_args": {"enable-deepep-moe": true}}'],
+        "enable-deepep-moe",
+        "moe-a2a-backend",
+    ),
+    "owned flag": (
+        ["-e", "engine=sglang", "-e", "model=m", "-e", '{"engine_args": {"port": 1}}'],
+        "port is set by the plan",
+        "worker_port_base",
+    ),
+    "no model": (["-e", "engine=sglang", "-e", "model="], "model is not set", "-e model="),
+    "unknown choice": (["-e", "router_policy=rond_robin"], "router_policy='rond_robin'", "round_robin"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_any_host_is_touched(checkout: Checkout, name: str) -> None:
+    arguments, what, right = CASES[name]
+    for verb in ("deploy_pd.yml", "plan.yml") if name == "unknown variable" else ("deploy_pd.yml",):
+        failed = checkout.play(verb, *arguments)
+        text = " ".join(failed.text.split())
+        assert failed.code != 0, failed.text
+        assert what in text, failed.text
+        assert right in text, failed.text
+        assert "Traceback" not in failed.text
+        assert "preflight" not in failed.text
+    assert checkout.processes() == []
+
+
+def test_what_the_ratio_does_not_need_may_be_left_out(checkout: Checkout) -> None:
+    try:
+        checkout.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=2p2d").good()
+        assert sorted(checkout.pids()) == ["pd-decode-0", "pd-decode-1", "pd-prefill-0", "pd-prefill-1", "pd-router"]
+    finally:
+        checkout.play("teardown.yml").good()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["-e", "bench_concurrency=0"], "at least 1"),
+        (["-e", "bench_input_len=long"], "a length such as 512"),
+        (["-e", "bench_request_rate=fast"], "expected numbers above 0"),
+        (["-e", "bench_trace=nowhere.jsonl"], "there is no such file"),
+        (["-e", "bench_api=complete"], "did you mean completions?"),
+    ],
+)
+def test_bench_refuses_a_bad_load_before_it_deploys(checkout: Checkout, arguments: list[str], what: str) -> None:
+    failed = checkout.play("bench.yml", *arguments)
+    assert failed.code != 0
+    assert what in " ".join(failed.text.split())
+    assert "preflight" not in failed.text
+    assert checkout.processes() == []
+
+
+def test_a_misspelt_inventory_variable_is_refused(checkout: Checkout) -> None:
+    path = checkout.folder / "inventory" / "local" / "host_vars" / "gh200.yml"
+    before = path.read_text()
+    path.write_text(before + "rdma_device: [mlx5_0]\n")
+    try:
+        failed = checkout.play("plan.yml")
+        assert failed.code != 0
+        assert "host gh200 sets rdma_device" in failed.text
+        assert "did you mean rdma_devices?" in failed.text
+    finally:
+        path.write_text(before)
