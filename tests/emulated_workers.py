@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from toolbox import router_python
 
 REPO = Path(__file__).resolve().parents[1]
 #: Quick enough for tests, slow enough that order and waiting can be seen.
@@ -126,14 +126,6 @@ def worker(role: str, profile: Path | str, *options: str, env: dict[str, str] | 
     with service(argv, f"http://127.0.0.1:{port}", "/ready", env) as made:
         made.bootstrap_port = bootstrap
         yield made
-
-
-def router_python() -> str:
-    found = [os.environ["PD_ROUTER_PYTHON"]] if os.environ.get("PD_ROUTER_PYTHON") else []
-    found += sorted(str(path) for path in REPO.glob(".pd/cache/*/router*/bin/python"))
-    if not found:
-        pytest.skip("no sglang-router: set PD_ROUTER_PYTHON, or deploy once (make demo)")
-    return found[0]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from local.conftest import Checkout
+
 from pdlib import processes
 
 LOAD = ("-e", "bench_concurrency=4,8", "-e", "bench_num_requests=24", "-e", "bench_output_len=16")
