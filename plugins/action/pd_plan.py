@@ -60,7 +60,7 @@ class ActionModule(ActionBase):
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
         cluster = settings.cluster_settings(by_host)
-        found = {h: hostvars[h]["_pd_found"]["found"] for h in ours if discovered and "_pd_found" in hostvars[h]}
+        found = {h: hostvars[h]["__pd_found"]["found"] for h in ours if discovered and "__pd_found" in hostvars[h]}
         for host, seen in found.items():
             if by_host[host]["service_manager"] == "auto":
                 by_host[host]["service_manager"] = seen["service_manager"]
@@ -101,7 +101,7 @@ class ActionModule(ActionBase):
     def _current(self, verb: str, task_vars: dict[str, Any], discovered: bool) -> dict[str, Any] | None:
         """The deployed plan: the router host's own once it was read, the controller's copy before."""
         if discovered:
-            return task_vars.get("_pd_deployed", {}).get("plan") or None
+            return task_vars.get("__pd_deployed", {}).get("plan") or None
         named = task_vars["hostvars"][task_vars["inventory_hostname"]].get("current_plan")
         path = Path(str(named)) if named else self._copy_path()
         if not path.is_absolute():

@@ -94,7 +94,7 @@ class ActionModule(ActionBase):
 
         hosts = {}
         for host, entry in task_vars["pd_plan"]["hosts"].items():
-            hosts[host] = {**entry, "found": task_vars["hostvars"][host].get("_pd_found", {}).get("found", {})}
+            hosts[host] = {**entry, "found": task_vars["hostvars"][host].get("__pd_found", {}).get("found", {})}
         return {
             "schema": 1,
             "run_id": bench["run_id"],
@@ -122,7 +122,7 @@ class ActionModule(ActionBase):
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
         for host in task_vars["ansible_play_hosts_all"]:
-            for unit, text in task_vars["hostvars"][host].get("_pd_logs", {}).get("logs", {}).items():
+            for unit, text in task_vars["hostvars"][host].get("__pd_logs", {}).get("logs", {}).items():
                 (logs / f"{host}-{unit}.log").write_text(text + "\n")
         gate = self._pdbench(["gate", str(folder), "--max-error-rate", str(bench["max_error_rate"])])
         report = self._pdbench(["report", str(folder)])

@@ -35,7 +35,7 @@ class ActionModule(ActionBase):
         variables = task_vars or {}
         rows = []
         for host in variables["ansible_play_hosts_all"]:
-            done = variables["hostvars"][host].get("_pd_units", {}).get("changes")
+            done = variables["hostvars"][host].get("__pd_units", {}).get("changes")
             rows.append([host, "; ".join(done or []) or "nothing to do"])
         verb = self._task.args["verb"]
         if verb != "teardown" and not self._task.check_mode:
@@ -43,16 +43,15 @@ class ActionModule(ActionBase):
         plan = variables.get("pd_plan") or {}
         text = tables.table(["host", "what happened"], rows)
         if plan:
-            members = variables.get("_pd_router", {})
-            text += (
-                "\n" + "\n".join(["router: " + change for change in members.get("changes", [])]) if members.get("changes") else ""
-            )
+            members = variables.get("__pd_router", {})
+            changes = [f"let go of {name}" for name in variables.get("pd_leaving", [])] + members.get("changes", [])
+            text += "".join(f"\nrouter: {change}" for change in changes)
             pairs = members.get("pairs") or []
             if pairs:
                 slowest = max(pair["seconds"] for pair in pairs)
                 what = "prefill-decode pairs serve" if plan["pairs"] else "workers serve"
                 text += f"\n{len(pairs)} of {len(pairs)} {what} (slowest first answer {slowest:.2f} s)"
-            text += f"\nready: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
+            text += f"\n{'would be ready' if self._task.check_mode else 'ready'}: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}
 

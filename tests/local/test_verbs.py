@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import time
@@ -159,7 +160,7 @@ def test_teardown_after_a_deploy_killed_half_way(clean: Checkout) -> None:
 
 
 def test_api_key_guards_and_shows_nowhere(clean: Checkout) -> None:
-    key = "k3y-0f-the-house"
+    key = secrets.token_hex(12)
     secret = clean.folder / "secret.json"
     secret.write_text(json.dumps({"api_key": key}))
     deployed = clean.play("bench.yml", "-v", "-e", f"@{secret}", *LOAD)

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from make_tiny_model import KV_BYTES_PER_TOKEN, SPECIAL_TOKENS, VOCABULARY
+import pytest
+
+from real.make_tiny_model import KV_BYTES_PER_TOKEN, SPECIAL_TOKENS, VOCABULARY
 
 __all__ = ["KV_BYTES_PER_TOKEN", "ServerError", "ask", "counter", "counters", "differences", "get", "greedy", "prompts"]
 
 #: Samples by their name with labels as Prometheus writes it, e.g. 'sglang:prompt_tokens_total{tp_rank="0"}'.
 Counters = dict[str, float]
+
+
+def engine_python() -> tuple[str, dict[str, str]]:
+    """The Python that has the real engine, and the environment in which it runs on a CPU; skips the test without one.
+
+    It is $PD_ENGINE_PYTHON, or what a deployment of inventory/local-sglang has installed.
+    """
+    root = Path(__file__).parents[2]
+    found = [os.environ.get("PD_ENGINE_PYTHON"), *map(str, root.glob(".pd/install/sglang-*/bin/python"))]
+    python = next((path for path in found if path and Path(path).exists()), None)
+    if python is None:
+        pytest.skip("no real engine: set PD_ENGINE_PYTHON, or deploy inventory/local-sglang")
+    shim = str(Path(__file__).with_name("shim"))
+    return python, {**os.environ, "PYTHONPATH": shim, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class ServerError(Exception):

@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from unit.runfolder import good
 
 from pdbench.gate.rundata import Point, load
 from pdbench.records import MEASURE, Record
 from pdbench.report.figures import FIGURES, Sheet, draw, ecdf, flight, in_flight, latency, throughput, ttft_distribution
 from pdbench.report.look import DARK, LIGHT
+
+
+def xs(ax: Axes, line: int) -> list[float]:
+    return [float(x) for x in np.asarray(ax.lines[line].get_xdata())]
+
+
+def ys(ax: Axes, line: int) -> list[float]:
+    return [float(y) for y in np.asarray(ax.lines[line].get_ydata())]
 
 
 def sheet(folder: Path, stamp: str = "", **options: object) -> Sheet:
@@ -33,9 +45,9 @@ def test_throughput_shows_the_figures_of_the_summary(tmp_path: Path) -> None:
     drawn = sheet(tmp_path, concurrency=(16, 4, 8), num_requests=32)
     tokens, requests = throughput(drawn).axes[:2]
     by_load = sorted(drawn.points, key=lambda p: p.summary["concurrency"])
-    assert list(tokens.lines[0].get_xdata()) == [4, 8, 16]
-    assert list(tokens.lines[0].get_ydata()) == [p.summary["output_throughput"] for p in by_load]
-    assert list(requests.lines[0].get_ydata()) == [p.summary["request_throughput"] for p in by_load]
+    assert xs(tokens, 0) == [4, 8, 16]
+    assert ys(tokens, 0) == [p.summary["output_throughput"] for p in by_load]
+    assert ys(requests, 0) == [p.summary["request_throughput"] for p in by_load]
     (per_gpu,) = tokens.child_axes
     assert per_gpu.get_ylabel() == "output tokens/s per GPU (all 4 GPUs)"
 
@@ -45,7 +57,7 @@ def test_latency_has_three_percentiles_in_ms(tmp_path: Path) -> None:
     axes = latency(drawn).axes
     assert [ax.get_ylabel() for ax in axes] == ["ms"] * 3
     assert [line.get_label() for line in axes[0].lines] == ["p50", "p95", "p99"]
-    assert list(axes[0].lines[2].get_ydata()) == [p.summary["ttft_ms"]["p99"] for p in drawn.points]
+    assert ys(axes[0], 2) == [p.summary["ttft_ms"]["p99"] for p in drawn.points]
 
 
 def test_one_load_point_is_drawn_as_bars(tmp_path: Path) -> None:
@@ -53,7 +65,8 @@ def test_one_load_point_is_drawn_as_bars(tmp_path: Path) -> None:
     ax = latency(drawn).axes[0]
     assert not ax.lines
     summary = drawn.points[0].summary["ttft_ms"]
-    assert [bar.get_height() for bar in ax.patches] == [summary[q] for q in ("p50", "p95", "p99")]
+    bars = [bar for bar in ax.patches if isinstance(bar, Rectangle)]
+    assert [bar.get_height() for bar in bars] == [summary[q] for q in ("p50", "p95", "p99")]
     assert ax.get_xlabel() == "one load point: concurrency 4"
 
 
@@ -105,19 +118,20 @@ def test_in_flight_counts_what_was_sent_and_had_not_ended() -> None:
     assert list(zip(when, count, strict=True)) == [(0, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 0)]
 
 
-@given(st.integers(700, 4000), st.integers(1, 50))
+@given(st.integers(10, 4000), st.integers(1, 50))
 @settings(max_examples=20, deadline=None)
 def test_a_thinned_flight_keeps_its_peak_and_its_end(requests: int, slots: int) -> None:
-    point = Point(0, {}, {}, [record(i / slots, i / slots + 1.0) for i in range(requests)])
+    """One request a second, each of them `slots` seconds long."""
+    point = Point(0, {}, {}, [record(float(i), float(i + slots)) for i in range(requests)])
     when, count = flight(point)
     assert len(when) <= 2 * 600 + 2
-    assert count.max() == max(sum(1 for j in range(requests) if i - j >= 0 and (i - j) / slots < 1.0) for i in (requests - 1,))
-    assert (count[-1], when[0]) == (0, 0.0)
+    assert count.max() == min(slots, requests)
+    assert (when[0], count[-1], when[-1]) == (0.0, 0, requests - 1 + slots)
 
 
 @pytest.mark.parametrize("options", [{"concurrency": (4,), "chunks": 1}, {"rates": tuple(map(float, range(1, 21)))}])
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_draws_one_point_and_twenty(name: str, options: dict[str, object], tmp_path: Path) -> None:
+def test_every_figure_draws_one_point_and_twenty(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     (svg,) = draw(name, sheet(tmp_path, num_requests=10, **options), "svg")
     assert b"<svg" in svg
 
@@ -134,13 +148,13 @@ def test_every_figure_draws_a_run_in_which_nothing_succeeded(name: str, tmp_path
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_mark_is_on_every_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Letters as text, so that they can be read back.
-    monkeypatch.setitem(plt.rcParams, "svg.fonttype", "none")
+    kept: list[Figure] = []
+    monkeypatch.setattr(plt, "close", kept.append)
     marked = sheet(tmp_path, "INVALID RUN", concurrency=(4, 8))
-    (svg,) = draw(name, marked, "svg")
-    assert b">INVALID RUN<" in svg
-    (svg,) = draw(name, Sheet(marked.points, LIGHT), "svg")
-    assert b"INVALID" not in svg
+    draw(name, marked)
+    draw(name, Sheet(marked.points, LIGHT))
+    monkeypatch.undo()
+    assert [[text.get_text() for text in figure.texts] for figure in kept] == [["INVALID RUN"], []]
 
 
 def test_the_same_run_gives_the_same_picture(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The laws of the metrics, and one point reckoned by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pdbench.metrics import Slo, goodput, itl_s, output_tokens, stats, summarise, tpot_s, ttft_s
+from pdbench.records import Record
+
+SAMPLES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
+
+
+def good(sent: float, *chunks: float, n: int | None = None, prompt: int = 10) -> Record:
+    n = len(chunks) if n is None else n
+    return Record(
+        0, 0, "measure", prompt, n, sent, sent, chunks[0], chunks[-1], list(chunks), [], prompt, n, 0, 200, "length", True
+    )
+
+
+def failed(sent: float) -> Record:
+    return Record(0, 0, "measure", 10, 3, sent, sent, status=503, error="HTTP 503")
+
+
+@given(SAMPLES)
+def test_percentiles_are_ordered_and_within_the_samples(samples: list[float]) -> None:
+    s = {key: value for key, value in stats(samples).items() if value is not None}
+    order = [s["min"], s["p50"], s["p90"], s["p95"], s["p99"], s["max"]]
+    assert order == sorted(order)
+    assert (s["min"], s["max"]) == (min(samples), max(samples))
+    assert s["min"] - 1e-6 <= s["mean"] <= s["max"] + 1e-6
+
+
+@given(SAMPLES)
+def test_the_order_of_samples_does_not_matter(samples: list[float]) -> None:
+    assert stats(samples)["p95"] == stats(sorted(samples))["p95"]
+
+
+def test_percentiles_interpolate_linearly() -> None:
+    s = stats([0.0, 10.0, 20.0, 30.0])
+    assert (s["p50"], s["p90"]) == (15.0, pytest.approx(27.0))
+
+
+def test_no_samples_no_figures() -> None:
+    assert set(stats([]).values()) == {None}
+    assert list(stats([])) == ["mean", "min", "max", "p50", "p90", "p95", "p99"]
+
+
+def test_a_point_by_hand() -> None:
+    records = [good(0.0, 1.0, 2.0, 4.0), good(1.0, 2.0, n=1), failed(0.5)]
+    s = summarise(records, gpus=4)
+    assert (s["completed"], s["failed"], s["duration_s"]) == (2, 1, 4.0)
+    assert (s["request_throughput"], s["input_throughput"], s["output_throughput"]) == (0.5, 5.0, 1.0)
+    assert (s["output_throughput_per_gpu"], s["total_throughput_per_gpu"]) == (0.25, 1.5)
+    assert s["ttft_ms"] == stats([1000, 1000])
+    assert s["itl_ms"] == stats([1000, 2000])
+    assert s["tpot_ms"] == stats([1500])  # the one-token answer has none
+    assert s["e2e_ms"] == stats([4000, 1000])
+    assert s["request_output_throughput"] == stats([0.75, 1.0])
+    assert s["mean_in_flight"] == 1.25
+    assert s["goodput"] is None
+
+
+def test_failures_never_touch_latency_or_throughput() -> None:
+    alone, beside = summarise([good(0.0, 1.0, 2.0)]), summarise([good(0.0, 1.0, 2.0), failed(0.2), failed(0.3)])
+    assert {k: v for k, v in alone.items() if k != "failed"} == {k: v for k, v in beside.items() if k != "failed"}
+    assert beside["failed"] == 2
+
+
+def test_all_failed_gives_nulls_not_zeros_or_nan() -> None:
+    s = summarise([failed(0.0)], gpus=2)
+    assert (s["completed"], s["failed"], s["request_throughput"]) == (0, 1, 0.0)
+    assert set(s["ttft_ms"].values()) == {None}  # type: ignore[attr-defined]
+    assert summarise([])["duration_s"] == 0.0
+
+
+def test_per_gpu_is_null_without_a_plan() -> None:
+    assert summarise([good(0.0, 1.0)])["output_throughput_per_gpu"] is None
+
+
+def test_tokens_fall_back_on_events_not_on_what_was_asked() -> None:
+    r = good(0.0, 1.0, 2.0)
+    r.output_tokens, r.output_tokens_asked = -1, 99
+    assert output_tokens(r) == 2
+
+
+@given(st.lists(st.floats(0.001, 10), min_size=1, max_size=30))
+def test_gaps_add_up(gaps: list[float]) -> None:
+    times = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    r = good(0.0, *times)
+    assert ttft_s(r) + sum(itl_s(r)) == pytest.approx(r.end_s - r.sent_s)
+    tpot = tpot_s(r)
+    assert (tpot is None) == (len(times) == 1)
+    if tpot is not None:
+        assert min(itl_s(r)) - 1e-9 <= tpot <= max(itl_s(r)) + 1e-9
+
+
+def test_goodput_wants_every_limit_and_counts_failures_as_sent() -> None:
+    records = [good(0.0, 0.1, 0.2, 0.3), good(0.0, 0.5, 0.6, 0.7), good(0.0, 0.1, 1.1, 2.1), failed(0.0)]
+    g = goodput(records, Slo(ttft_ms=200, tpot_ms=500), 2.0)
+    assert g == {"slo": {"ttft_ms": 200, "tpot_ms": 500}, "good": 1, "sent": 4, "attainment": 0.25, "request_throughput": 0.5}
+    assert goodput(records, Slo(), 2.0) is None
+    one = goodput([good(0.0, 0.1)], Slo(tpot_ms=1), 1.0)
+    assert one is not None
+    assert one["good"] == 1  # one token: TPOT counts as 0
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=20), st.floats(1, 5000), st.floats(1, 5000))
+def test_a_looser_limit_is_never_met_less(ttfts: list[float], one: float, two: float) -> None:
+    records = [good(0.0, t, t + 0.1) for t in ttfts]
+
+    def count(limit: float) -> object:
+        found = goodput(records, Slo(ttft_ms=limit), 1.0)
+        assert found is not None
+        return found["good"]
+
+    assert count(min(one, two)) <= count(max(one, two))  # type: ignore[operator]
+
+
+def test_nothing_here_is_nan() -> None:
+    text = repr(summarise([good(0.0, 1.0), failed(math.nan)], gpus=1, slo=Slo(e2e_ms=1)))
+    assert "nan" not in text
