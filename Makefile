@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
 
-.PHONY: setup setup-dev demo test test-real lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real tiny-model lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -38,8 +38,17 @@ lint: setup-dev
 test: lint
 	$(BIN)/pytest
 
-test-real: setup-dev
+test-real: setup-dev tiny-model
 	$(BIN)/pytest tests/real -o timeout=900
+
+# The model of inventory/local-sglang: random weights, a tokenizer trained here; nothing is downloaded but two packages.
+tiny-model: .pd/tiny-model/config.json
+
+.pd/tiny-model/config.json: tests/real/make_tiny_model.py requirements/tiny-model.txt
+	@$(PYTHON) -m venv .pd/tiny-model-venv
+	@.pd/tiny-model-venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/tiny-model.txt
+	@.pd/tiny-model-venv/bin/python tests/real/make_tiny_model.py .pd/tiny-model
+	@rm -rf .pd/tiny-model-venv
 
 lock: setup-dev
 	@tools/lock.sh

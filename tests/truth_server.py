@@ -3,8 +3,8 @@
     python truth_server.py PORT [prefill|decode|aggregated]
 
 The first token comes FIRST_S after the request, each further one GAP_S later. Models: ``good``; ``lumps`` (4 tokens an event);
-``error-event``, ``truncated``, ``reset`` (after 2 tokens); ``unavailable`` (503); ``wrong`` (200 with an error body); ``whole`` (not
-streamed); ``short`` (one token too few); ``hang`` (no answer); ``no-ids`` (token ids refused); ``flaky`` (every fifth fails);
+``error-event``, ``truncated``, ``reset`` (after 2 tokens); ``unavailable`` (503); ``wrong`` (200 with an error body); ``whole``
+(not streamed); ``short`` (one token too few); ``hang`` (no answer); ``no-ids`` (token ids refused); ``flaky`` (each fifth fails);
 ``slow`` (tokens 0.2 s apart). GET /seen tells the bodies received, with their arrival times, and the most that ran at once.
 """
 

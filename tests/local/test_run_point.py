@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from emulated_workers import Service, free_port, service, wait_for
+
 from pdbench.records import MEASURE, WARMUP, Record, read_jsonl, read_parquet
 
 TESTS = Path(__file__).resolve().parents[1]

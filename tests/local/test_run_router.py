@@ -14,6 +14,7 @@ from time import perf_counter
 import aiohttp
 import pytest
 from emulated_workers import Service, free_port, router, service, wait_for
+
 from pdbench.run.asks import PATHS, ask
 from pdbench.run.client import Client, Exchange
 

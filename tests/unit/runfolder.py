@@ -6,7 +6,7 @@ import heapq
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Run:
     manifest: Json
     prompt: str = "tokens"
     slo: Slo = field(default_factory=Slo)
+    bounds: Bounds = field(default_factory=Bounds)
 
     def measured(self, point: int = 0) -> list[Record]:
         return [r for r in self.records if r.point == point and r.phase == MEASURE]
@@ -55,11 +56,12 @@ class Run:
     def write(self, folder: Path, leave_out: Sequence[str] = ()) -> Path:
         """Write every file but those of `leave_out`; summary.json is made of the records as they now are."""
         folder.mkdir(parents=True, exist_ok=True)
-        setup = Setup("completions", self.prompt, self.asked, self.plan["ratio"], gpus(self.plan), self.slo, Bounds())
+        setup = Setup("completions", self.prompt, self.asked, self.plan["ratio"], gpus(self.plan), self.slo, self.bounds)
         points = [point_summary(setup, n, self.records, self.clients[n]) for n in range(len(self.asked))]
         files = {
             "plan.json": self.plan,
             "progress.json": self.progress,
+            "run.json": {"schema": 1, **asdict(setup)},
             "summary.json": whole_summary(setup, points, []),
             "evidence.json": self.evidence,
             "manifest.json": self.manifest,

@@ -15,6 +15,7 @@ from pdbench.gate import POINT_CHECKS, RUN_CHECKS, judge
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import load
 from pdbench.records import NOT_REPORTED
+from pdbench.run.summary import Bounds
 
 ROOT = Path(__file__).parents[2]
 
@@ -237,9 +238,9 @@ SPOILT = [
     ("kv-transfer", "28 KV transfers of 0 bytes", empty_transfers),
     ("complete", "incomplete: stopped at point 1 of 1, request 12 of 24: SIGTERM", interrupted),
     ("complete", "incomplete: 1 of 2 load points have records", point_missing),
-    ("client-loop", "event-loop lag of the client p99 150.0 ms", lagging_loop),
-    ("client-loop", "recorded no event-loop lag", unknown_loop),
-    ("client-on-time", "requests were sent p99 150.3 ms after they were due", sent_late),
+    ("client-loop", "event-loop lag of the client: p99 150.0 ms (bound 100 ms): the client did not keep up", lagging_loop),
+    ("client-loop", "recorded nothing of it: event-loop lag", unknown_loop),
+    ("client-on-time", "sending after a request was due: p99 150.3 ms (bound 100 ms)", sent_late),
     ("client-load", "delivered 80.0% of the configured load (concurrency 4;", load_not_made),
     ("client-load", "did not record which load it delivered", load_unknown),
 ]  # fmt: skip
@@ -353,15 +354,27 @@ def test_an_unreported_cache_is_said_and_not_blamed(tmp_path: Path) -> None:
     assert (found.ok, found.message[:44]) == (True, "cached tokens are not reported for 1 of 24 a")
 
 
-def test_a_late_client_is_judged_against_what_it_measures(tmp_path: Path) -> None:
-    """150 ms late spoils a TTFT of 100 ms, and is nothing beside one of 3 s."""
+def test_the_client_is_held_to_the_bounds_that_it_was_started_with(tmp_path: Path) -> None:
     run = good(concurrency=(4,))
     lagging_loop(run)
+    run.bounds = Bounds(loop_lag_ms=200.0, lateness_ms=0.1, delivered=0.995)
+    assert set(failures(verdicts(run, tmp_path))) == {"client-on-time", "client-load"}
+    (tmp_path / "run.json").write_text("{}")
+    assert set(failures(judge(load(tmp_path)))) == {"client-loop"}
+
+
+def test_a_client_whose_own_part_is_large_is_worth_a_word(tmp_path: Path) -> None:
+    """40 ms late is within bounds, and much beside a TTFT of 100 ms; beside one of 3 s it is nothing."""
+    run = good(concurrency=(4,))
+    run.clients[0]["loop_lag_ms"]["p99"] = 40.0
+    (found,) = [check for check in verdicts(run, tmp_path) if check.id == "client-loop"]
+    assert found.ok
+    assert found.evidence["caution"].startswith("event-loop lag of the client is p99 40.0 ms beside a p99 TTFT of 1")
     for record in run.measured():
-        shift = 3.0
-        record.first_s, record.end_s = record.first_s + shift, record.end_s + shift
-        record.chunk_s = [at + shift for at in record.chunk_s]
-    assert failures(verdicts(run, tmp_path)) == {}
+        record.first_s, record.end_s = record.first_s + 3, record.end_s + 3
+        record.chunk_s = [at + 3 for at in record.chunk_s]
+    (found,) = [check for check in verdicts(run, tmp_path) if check.id == "client-loop"]
+    assert (found.ok, "caution" in found.evidence) == (True, False)
 
 
 def test_a_run_killed_before_it_measured_is_incomplete(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdbench.load.arrivals import schedule
 from pdbench.load.errors import LoadError
 from pdbench.load.lengths import Lengths
@@ -79,7 +81,7 @@ def test_schedules_start_at_once_rise_and_repeat(arrival: str, rate: float, coun
 
 def test_poisson_has_the_mean_and_the_spread_of_its_rate() -> None:
     due = schedule("poisson", 4.0, 20001, random.Random(1))
-    gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(due)]
     mean = sum(gaps) / len(gaps)
     spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
     assert mean == pytest.approx(0.25, rel=0.03)

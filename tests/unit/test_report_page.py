@@ -139,6 +139,17 @@ def test_an_emulated_run_says_so_at_the_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_a_reader_must_know_of_valid_figures_is_noted(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    run.clients[0] |= {"tokens_per_event": 4.0}
+    run.clients[0]["loop_lag_ms"]["p99"] = 40.0
+    said = report(run, tmp_path).said
+    assert "Valid." in said
+    assert "Note, concurrency 4: one event holds 4.0 output tokens on average" in said
+    assert "Note, concurrency 4: event-loop lag of the client is p99 40.0 ms beside a p99 TTFT of 1" in said
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_page_is_one_file_without_script(tmp_path: Path) -> None:
     page = report(good(), tmp_path)
     assert "script" not in page.tags

@@ -9,6 +9,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdbench.records import Record
 from pdbench.run.digest import Raw, to_record
 

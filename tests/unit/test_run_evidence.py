@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from pdbench.evidence import parse_metrics, read_plan, write_metrics
 from pdbench.load.errors import LoadError
 

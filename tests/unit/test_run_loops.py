@@ -6,6 +6,7 @@ import asyncio
 from time import perf_counter
 
 import pytest
+
 from pdbench.load.requests import Request
 from pdbench.run.loops import closed_loop, open_loop
 from pdbench.run.point import until

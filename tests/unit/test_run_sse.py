@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdbench.run.sse import Event, events
 
 STREAM = (
@@ -15,7 +18,7 @@ EXPECTED = [("", '{"text":"é€🙂"}'), ("note", "one\ntwo"), ("", "no blank")
 
 def cut(stream: bytes, at: list[int]) -> list[tuple[float, bytes]]:
     places = sorted({0, *(p for p in at if p < len(stream)), len(stream)})
-    return [(float(i), stream[a:b]) for i, (a, b) in enumerate(zip(places, places[1:], strict=False))]
+    return [(float(i), stream[a:b]) for i, (a, b) in enumerate(itertools.pairwise(places))]
 
 
 def said(found: list[Event]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdbench.metrics import Slo
 from pdbench.records import Record
 from pdbench.run.summary import Bounds, Setup, point_summary, whole_summary
@@ -51,7 +52,8 @@ def record(index: int = 0, number: int = 0, **more: Any) -> Record:
 
 
 def reasons(*records: Record, client: dict[str, Any] = CALM, made: Setup | None = None) -> list[str]:
-    return list(point_summary(made or setup(), 0, records, client)["invalid_reasons"])  # type: ignore[call-overload]
+    found: list[str] = point_summary(made or setup(), 0, records, client)["invalid_reasons"]  # type: ignore[assignment]
+    return found
 
 
 def test_a_good_point_is_valid() -> None:

@@ -1,0 +1,1 @@
+"""`pdbench report`: plots and one page from the folder of a run."""

@@ -1,0 +1,1 @@
+"""`pdbench run`: load an endpoint, record every request, summarise."""

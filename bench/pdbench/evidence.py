@@ -1,0 +1,189 @@
+"""What router and workers say about themselves before, during and after a load point.
+
+Nothing here decides anything: `pdbench gate` does. A server that does not answer is recorded with its error and never
+stops a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import aiohttp
+
+from pdbench.load.errors import LoadError
+from pdbench.records import replacing
+
+_TIMEOUT = aiohttp.ClientTimeout(total=10)
+_SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(\{.*\})?\s+(\S+)(?:\s+-?\d+)?$")
+_TYPE = re.compile(r"^#\s*TYPE\s+(\S+)\s+(\S+)")
+#: what the gate needs of /server_info; the whole of it is hundreds of keys
+_INFO = (
+    *("version", "startup_time", "model_path", "served_model_name", "device", "dtype", "tp_size", "dp_size", "page_size"),
+    *("kv_cache_dtype", "context_length", "max_running_requests", "max_total_num_tokens", "disable_radix_cache"),
+    *("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_bootstrap_port", "emulator"),
+)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once."""
+
+    ratio: str
+    gpus: int
+    router_url: str
+    router_metrics_url: str
+    workers: Mapping[str, str]
+
+
+def read_plan(path: Path) -> Deployment:
+    """Read plan.json; raise LoadError with what is wrong."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        workers = plan["workers"]
+        return Deployment(
+            ratio=str(plan["ratio"]),
+            # Workers that share a GPU do not make it two.
+            gpus=len({(rank["host"], gpu) for worker in workers for rank in worker["ranks"] for gpu in rank["gpus"]}),
+            router_url=str(plan["router"]["url"]).rstrip("/"),
+            router_metrics_url=str(plan["router"].get("metrics_url") or ""),
+            workers={str(worker["name"]): str(worker["url"]).rstrip("/") for worker in workers},
+        )
+    except OSError as why:
+        raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as why:
+        raise LoadError(f"{path} is no plan.json as `plan.yml` writes it: {type(why).__name__} {why}") from None
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Return ``{"name{labels}": value}`` of a Prometheus page: counters, gauges and a histogram's _sum and _count.
+
+    Buckets, quantiles, creation times and values that are no finite number are left out.
+    """
+    kinds: dict[str, str] = {}
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            if match := _TYPE.match(line):
+                kinds[match[1]] = match[2]
+            continue
+        match = _SAMPLE.match(line)
+        if not match:
+            continue
+        name, labels = match[1], match[2] or ""
+        compound = kinds.get(name) in ("histogram", "summary")
+        if compound or (name.endswith("_bucket") and kinds.get(name.removesuffix("_bucket")) == "histogram"):
+            continue
+        if name.endswith("_created"):
+            continue
+        try:
+            value = float(match[3])
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            found[name + labels] = value
+    return found
+
+
+class Evidence:
+    """Asks the servers of one deployment; ``headers`` carry the key, where there is one."""
+
+    def __init__(self, deployment: Deployment, headers: Mapping[str, str], pool: Executor) -> None:
+        """Make ready; metric pages are parsed in ``pool``, away from the process that stamps."""
+        self._deployment = deployment
+        self._pool = pool
+        self._session = aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT, trust_env=False)
+        self.rows: list[tuple[int, float, str, str, str, float]] = []
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def snapshot(self, t_s: float) -> dict[str, object]:
+        """Return one side (``before`` or ``after``) of a point in evidence.json; ``t_s`` is its time in the point."""
+        router, *workers = await asyncio.gather(self._router(), *(self._worker(url) for url in self._deployment.workers.values()))
+        return {"t_s": t_s, "router": router, "workers": dict(zip(self._deployment.workers, workers, strict=True))}
+
+    async def scrape(self, point: int, start: float, every_s: float) -> None:
+        """Append all metrics of all servers to ``rows`` every ``every_s`` seconds until cancelled."""
+        pages = {name: f"{url}/metrics" for name, url in self._deployment.workers.items()}
+        if self._deployment.router_metrics_url:
+            pages["router"] = self._deployment.router_metrics_url
+        while True:
+            begun = perf_counter()
+            await asyncio.gather(*(self._scrape(point, start, name, url) for name, url in pages.items()))
+            await asyncio.sleep(max(0.0, every_s - (perf_counter() - begun)))
+
+    async def _scrape(self, point: int, start: float, source: str, url: str) -> None:
+        try:
+            text = await self._text(url)
+        except _Silent:
+            return
+        t_s = perf_counter() - start
+        for series, value in (await self._parse(text)).items():
+            name, _, labels = series.partition("{")
+            self.rows.append((point, t_s, source, name, labels.removesuffix("}"), value))
+
+    async def _router(self) -> dict[str, object]:
+        url = self._deployment.router_url
+        workers, readiness, errors = await self._both(f"{url}/workers", f"{url}/readiness", json.loads, json.loads)
+        listed = workers.get("workers") if isinstance(workers, dict) else workers
+        return {"workers": listed or [], "readiness": readiness or {}, "error": errors}
+
+    async def _worker(self, url: str) -> dict[str, object]:
+        info, text, errors = await self._both(f"{url}/server_info", f"{url}/metrics", json.loads, str)
+        chosen = {key: info[key] for key in _INFO if key in info} if isinstance(info, dict) else {}
+        metrics = await self._parse(text) if isinstance(text, str) else {}
+        return {"url": url, "server_info": chosen, "metrics": metrics, "error": errors}
+
+    async def _both(
+        self, one: str, two: str, read_one: Callable[[str], object], read_two: Callable[[str], object]
+    ) -> tuple[object, object, str]:
+        async def ask(url: str, read: Callable[[str], object]) -> tuple[object, str]:
+            try:
+                return read(await self._text(url)), ""
+            except _Silent as why:
+                return None, str(why)
+            except ValueError:
+                return None, f"{url}: the answer is no JSON"
+
+        (first, error), (second, other) = await asyncio.gather(ask(one, read_one), ask(two, read_two))
+        return first, second, "; ".join(filter(None, (error, other)))
+
+    async def _text(self, url: str) -> str:
+        try:
+            async with self._session.get(url) as response:
+                text = await response.text()
+                # A router that is not ready says so with 503 and a body worth keeping.
+                if response.status != 200 and not (response.status == 503 and url.endswith("/readiness")):
+                    raise _Silent(f"{url}: HTTP {response.status}")
+                return text
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as why:
+            raise _Silent(f"{url}: {why or type(why).__name__}") from None
+
+    async def _parse(self, text: str) -> dict[str, float]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, parse_metrics, text)
+
+
+class _Silent(Exception):
+    """A server that gave no usable answer; the message says which and why."""
+
+
+def write_metrics(path: Path, rows: list[tuple[int, float, str, str, str, float]]) -> None:
+    """Write server_metrics.parquet (docs/architecture.md); raise OSError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = (pa.int32(), pa.float64(), pa.string(), pa.string(), pa.string(), pa.float64())
+    names = ("point", "t_s", "source", "name", "labels", "value")
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, kinds, strict=True)]
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_arrays(arrays, names=list(names)), temporary)

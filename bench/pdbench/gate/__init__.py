@@ -1,0 +1,42 @@
+"""`pdbench gate`: is a run to be believed? docs/validity.md says what is checked and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pdbench.gate import client, cluster, requests
+from pdbench.gate.check import Check
+from pdbench.gate.rundata import Point, RunData
+
+RUN_CHECKS: tuple[Callable[[RunData], Check], ...] = (client.files, client.state)
+POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
+    requests.accounted,
+    requests.errors,
+    requests.tokens,
+    requests.prompts,
+    requests.substance,
+    requests.timing,
+    requests.prefix_cache,
+    cluster.ratio,
+    cluster.served,
+    cluster.engine_counts,
+    cluster.restarted,
+    cluster.transfer_failures,
+    cluster.transferred,
+    client.lag,
+    client.lateness,
+    client.load,
+)
+
+
+def judge(run: RunData) -> list[Check]:
+    """Return the verdict of every check: on the run, then on each load point in turn."""
+    checks = [check(run) for check in RUN_CHECKS]
+    return checks + [check(run, point) for point in run.points for check in POINT_CHECKS]
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; see pdbench.gate.cli."""
+    from pdbench.gate.cli import main as run
+
+    return run(argv)

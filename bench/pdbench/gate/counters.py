@@ -1,0 +1,100 @@
+"""Engine counters in evidence.json: what they moved by between the two ends of a load point."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_SAMPLE = re.compile(r"(?P<name>[^{]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
+#: counters that every SGLang server moves with each request, and which start from 0 with the process
+LIFELINES = (
+    "sglang:num_requests_total",
+    "sglang:prompt_tokens_total",
+    "sglang:generation_tokens_total",
+    "sglang:e2e_request_latency_seconds_count",
+)
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One worker's metrics at one end of a point: ``samples`` by "name{labels}", and why there are none (``error``)."""
+
+    samples: dict[str, float]
+    error: str
+
+    def total(self, counter: str) -> float | None:
+        """Return the sum over label sets of ``name`` or ``name{label="value"}``; None when there is no such sample."""
+        wanted = _SAMPLE.fullmatch(counter)
+        assert wanted is not None
+        values = []
+        for key, value in self.samples.items():
+            sample = _SAMPLE.fullmatch(key)
+            if sample and sample["name"] == wanted["name"] and (wanted["labels"] or "") in (sample["labels"] or ""):
+                values.append(value)
+        return sum(values) if values else None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """By how much a counter of one worker moved; ``amount`` is None when ``problem`` says why it is not known."""
+
+    counter: str
+    amount: float | None
+    problem: str = ""
+
+
+def scrape(evidence: dict[str, Any], end: str, worker: str) -> Scrape:
+    """Return a worker's scrape at ``end`` ("before" or "after") of a point's evidence."""
+    side = evidence.get(end)
+    if not isinstance(side, dict):
+        return Scrape({}, f"no evidence was taken {end} the point")
+    entry = side.get("workers", {}).get(worker)
+    if not isinstance(entry, dict):
+        return Scrape({}, f"{worker} is not in the evidence taken {end} the point")
+    samples = {str(k): float(v) for k, v in (entry.get("metrics") or {}).items() if isinstance(v, (int, float))}
+    if samples:
+        return Scrape(samples, "")
+    why = entry.get("error") or "it showed no metrics (is --enable-metrics set?)"
+    return Scrape({}, f"{worker} {end} the point: {why}")
+
+
+def moved(evidence: dict[str, Any], worker: str, counters: Sequence[str]) -> Moved:
+    """Return the movement of the first of ``counters`` that the worker shows.
+
+    A counter without a sample before the point started from 0: Prometheus clients show a labelled counter only once it
+    has moved.
+    """
+    before, after = scrape(evidence, "before", worker), scrape(evidence, "after", worker)
+    if before.error or after.error:
+        return Moved(counters[0], None, before.error or after.error)
+    for counter in counters:
+        end = after.total(counter)
+        if end is not None:
+            return Moved(counter, end - (before.total(counter) or 0.0))
+    return Moved(counters[0], None, f"{worker} shows none of {', '.join(counters)} (it never moved, or the engine lacks it)")
+
+
+def signs_of_restart(evidence: dict[str, Any], worker: str) -> list[str]:
+    """Return what a process does not do while it lives: a counter that fell, another start-up time.
+
+    Nothing is returned for a worker without evidence: the checks that need it say so.
+    """
+    before, after = scrape(evidence, "before", worker), scrape(evidence, "after", worker)
+    if before.error or after.error:
+        return []
+    signs = []
+    for counter in LIFELINES:
+        start, end = before.total(counter) or 0.0, after.total(counter) or 0.0
+        if end < start:
+            signs.append(f"{counter} fell from {start:g} to {end:g}")
+    started = [_started(evidence[end]["workers"][worker]) for end in ("before", "after")]
+    if None not in started and started[0] != started[1]:
+        signs.append(f"startup_time changed from {started[0]} to {started[1]}")
+    return signs
+
+
+def _started(entry: dict[str, Any]) -> object:
+    info = entry.get("server_info")
+    return info.get("startup_time") if isinstance(info, dict) else None

@@ -1,0 +1,145 @@
+"""One record a request: its fields, its line in ``requests.jsonl`` and its row in ``requests.parquet``.
+
+``requests.jsonl`` is written while the run goes on, so that a crash loses next to nothing; ``requests.parquet`` is made
+of it at the end. Both hold the same fields, described in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow
+
+WARMUP = "warmup"
+MEASURE = "measure"
+NOT_REPORTED = -1
+_NS = 9  # digits after the point: the client's clock counts nanoseconds
+
+
+@dataclass(slots=True)
+class Record:
+    """What happened to one request.
+
+    Times are float seconds on the client's monotonic clock, relative to the start of the request's load point; NaN
+    stands for "did not happen". Token counts are as the server reports them, -1 where it does not.
+    """
+
+    point: int
+    index: int
+    phase: str
+    prompt_tokens_asked: int
+    output_tokens_asked: int
+    scheduled_s: float = math.nan
+    sent_s: float = math.nan
+    first_s: float = math.nan
+    end_s: float = math.nan
+    chunk_s: list[float] = field(default_factory=list)
+    chunk_tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = NOT_REPORTED
+    output_tokens: int = NOT_REPORTED
+    cached_tokens: int = NOT_REPORTED
+    status: int = 0
+    finish_reason: str = ""
+    ok: bool = False
+    error: str = ""
+    output_sha256: str = ""
+
+    def to_line(self) -> str:
+        """Return the record as one line of JSON, newline included; NaN becomes null."""
+        row = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, object]) -> Record:
+        """Build a record from a mapping with exactly its fields; null times become NaN. Raise ValueError otherwise."""
+        names = {f.name for f in fields(cls)}
+        if set(row) != names:
+            odd = sorted(names.symmetric_difference(row))
+            raise ValueError(f"not a request record: missing or unknown fields {', '.join(odd)}")
+        values = {k: (math.nan if v is None and k.endswith("_s") else v) for k, v in row.items()}
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, _NS)
+    if isinstance(value, list):
+        return [round(v, _NS) if isinstance(v, float) else v for v in value]
+    return value
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """Yield the records of ``requests.jsonl``.
+
+    A last line without its newline is what a killed run leaves behind: it is dropped. Any other line that is no record
+    raises ValueError with its number.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield Record.from_mapping(json.loads(line))
+            except (ValueError, TypeError, AttributeError) as why:
+                raise ValueError(f"{path}, line {number}: {why}") from None
+
+
+def schema() -> pyarrow.Schema:
+    """Return the columns of ``requests.parquet``, in their order."""
+    import pyarrow as pa
+
+    kinds = {
+        **dict.fromkeys(("scheduled_s", "sent_s", "first_s", "end_s"), pa.float64()),
+        **dict.fromkeys(("phase", "finish_reason", "error", "output_sha256"), pa.string()),
+        "chunk_s": pa.list_(pa.float64()),
+        "chunk_tokens": pa.list_(pa.int32()),
+        "ok": pa.bool_(),
+    }
+    return pa.schema([(f.name, kinds.get(f.name, pa.int32())) for f in fields(Record)])
+
+
+def write_parquet(path: Path, records: Iterable[Record]) -> None:
+    """Write ``requests.parquet`` at once: a reader sees the old file or the whole new one. Raise OSError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = sorted((asdict(r) for r in records), key=lambda r: (r["point"], r["phase"] != WARMUP, r["index"]))
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema()), temporary)
+
+
+def read_parquet(path: Path) -> list[Record]:
+    """Return the records of ``requests.parquet``; raise OSError or ValueError when it is not one."""
+    import pyarrow.parquet as pq
+
+    return [Record.from_mapping(row) for row in pq.read_table(path).to_pylist()]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and move it there when the body succeeds: never a half-written file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON at once; NaN is refused, because it is no JSON. Raise OSError."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,58 @@
+"""The `report` verb: plots and report.html from a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pdbench.gate.rundata import NotARun, load
+from pdbench.records import replacing
+from pdbench.report import words
+from pdbench.report.figures import FIGURES, Sheet, draw
+from pdbench.report.look import LIGHT
+from pdbench.report.page import render
+
+REPORT = "report.html"
+_EMULATED = "emulated engine: no GPU was used, these figures say nothing about hardware"
+
+
+def main(argv: list[str]) -> int:
+    """Return 0 when the report stands, 1 when it could not be made, 2 for bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="pdbench report",
+        description="Draw a run: PNG and SVG plots and report.html, one file that can be sent to anybody.",
+        epilog="Run `pdbench gate DIR` first: without its verdict everything is marked as not checked.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the run, such as results/latest")
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        path = make(args.folder)
+    except NotARun as why:
+        print(f"pdbench report: {why}", file=sys.stderr)
+        return 1
+    except OSError as why:
+        print(f"pdbench report: cannot write in {args.folder}: {why.strerror or why}", file=sys.stderr)
+        return 1
+    print(f"report: {path}")
+    return 0
+
+
+def make(folder: Path) -> Path:
+    """Write the plots and the page into a run's folder and return the page's path. Raise NotARun, OSError."""
+    run = load(folder)
+    verdict = words.verdict(run)
+    sheet = Sheet(run.points, LIGHT, verdict.stamp, _EMULATED if run.emulated else "")
+    light = {}
+    for name in FIGURES:
+        png, light[name] = draw(name, sheet, "png", "svg")
+        for kind, content in (("png", png), ("svg", light[name])):
+            with replacing(folder / f"{name}.{kind}") as temporary:
+                temporary.write_bytes(content)
+    page = folder / REPORT
+    with replacing(page) as temporary:
+        temporary.write_text(render(run, verdict, sheet, light), encoding="utf-8")
+    return page

@@ -1,0 +1,48 @@
+"""report.html: one file that says what was deployed, what was measured and whether to believe it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from importlib import resources
+
+import jinja2
+
+from pdbench import __version__
+from pdbench.gate.rundata import RunData
+from pdbench.report import words
+from pdbench.report.figures import FIGURES, Sheet, draw
+from pdbench.report.look import DARK, ROLE_COLOURS
+from pdbench.report.picture import cluster
+from pdbench.report.tables import results
+
+
+def render(run: RunData, verdict: words.Verdict, sheet: Sheet, light: dict[str, bytes]) -> str:
+    """Return the page; ``light``: figure name -> its SVG on white (the dark ones are drawn here)."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("pdbench.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    dark = replace(sheet, theme=DARK)
+    ratio, model = run.plan.get("ratio") or "unknown ratio", run.plan.get("model") or "unknown model"
+    return environment.from_string(template).render(
+        name=run.folder.resolve().name,
+        title=f"{ratio} · {model}",
+        version=__version__,
+        verdict=verdict,
+        emulated=run.emulated,
+        deployment=words.deployment(run),
+        workload=words.workload(run),
+        picture=cluster(run.plan) if run.plan else "",
+        tables=results(run.points),
+        notes=words.notes(run.points, verdict),
+        plots=[(name, text, _inline(light[name]), _inline(draw(name, dark, "svg")[0])) for name, (_, text) in FIGURES.items()],
+        missing=words.missing(run),
+        definitions=words.definitions(),
+        labels={point.index: point.label for point in run.points},
+        manifest=json.dumps(run.manifest, indent=2, ensure_ascii=False) if run.manifest else "",
+        roles=ROLE_COLOURS,
+    )
+
+
+def _inline(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")

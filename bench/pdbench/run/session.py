@@ -1,0 +1,211 @@
+"""A whole run: probe the server, go through the load points, leave a complete folder behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from time import perf_counter
+from typing import cast
+
+from pdbench.evidence import Deployment, Evidence, write_metrics
+from pdbench.load.prompts import Prompts
+from pdbench.load.requests import Load
+from pdbench.records import MEASURE, WARMUP, Record, read_jsonl, write_json
+from pdbench.run import digest
+from pdbench.run.asks import PATHS, ask, prompt_of
+from pdbench.run.client import Client, Exchange
+from pdbench.run.folder import Folder
+from pdbench.run.point import OPEN_WARMUP_SLOTS, Bodies, Sender, Target, run_point, until
+from pdbench.run.progress import Progress
+from pdbench.run.summary import Json, Setup, output_of
+from pdbench.run.table import load_name, render
+from pdbench.run.watch import Watch, delivered_closed, delivered_open
+
+_VALID, _INVALID = 0, 3
+
+
+class CannotMeasureError(Exception):
+    """Nothing could be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know; ``warmup`` None: as many requests as the concurrency (8 in an open loop)."""
+
+    url: str
+    target: Target
+    loads: Sequence[Load]
+    setup: Setup
+    prompts: Prompts
+    warmup: int | None
+    timeout_s: float
+    headers: Mapping[str, str]
+    deployment: Deployment | None
+    scrape_every_s: float
+
+
+class Session:
+    """One run, from the probe to the table; `run` returns the exit code."""
+
+    def __init__(self, plan: Plan, folder: Folder) -> None:
+        """Take what to do and where to write; the folder is not touched yet."""
+        self._plan = plan
+        self._folder = folder
+        self._stop = asyncio.Event()
+        self._fault: BaseException | None = None
+        self._complete = False
+        self._watches: dict[int, Watch] = {}
+        self._evidence: list[Json] = []
+        self._progress = Progress(folder.progress, len(plan.loads))
+
+    async def run(self) -> int:
+        """Run everything; raise CannotMeasureError or OSError (disk full), after which no summary stands."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        client = Client(self._plan.url, self._plan.headers, self._plan.timeout_s)
+        # Spawned, not forked: a fork of a process with threads and an event loop can hang.
+        pool = ProcessPoolExecutor(1, get_context("spawn"), digest.start, (self._folder.journal,))
+        try:
+            target = await self._probe(client)
+            self._plan = replace(self._plan, target=target, setup=replace(self._plan.setup, prompt=target.prompt))
+            self._folder.begin(self._plan.setup)
+            keeper = asyncio.create_task(self._progress.keep())
+            keeper.add_done_callback(self._kept)
+            try:
+                await self._points(client, pool)
+            finally:
+                keeper.cancel()
+                with contextlib.suppress(asyncio.CancelledError, OSError):
+                    await keeper
+            return self._finish()
+        except BaseException as why:
+            self._progress.state, self._progress.message = "failed", str(why) or type(why).__name__
+            with contextlib.suppress(OSError):
+                self._progress.write()
+            raise
+        finally:
+            await client.close()
+            pool.shutdown(cancel_futures=True)
+
+    async def _probe(self, client: Client) -> Target:
+        """Send one small request: is there a server, does it take our key, does it take token ids?"""
+        target = self._plan.target
+        kinds = {"auto": ("text",) if target.api == "chat" else ("tokens", "text")}.get(target.prompt, (target.prompt,))
+        for kind in kinds:
+            prompt = prompt_of(self._plan.prompts, kind, "probe", 0, 4)
+            exchange = Exchange()
+            posting = asyncio.create_task(
+                client.post(PATHS[target.api], ask(target.api, kind, target.model, prompt, 1), exchange)
+            )
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({posting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not posting.done():
+                posting.cancel()
+                raise CannotMeasureError("stopped before the first request was answered")
+            raw = digest.Raw(
+                Record(0, 0, WARMUP, 4, 1),
+                0.0,
+                target.api,
+                exchange.status,
+                exchange.content_type,
+                exchange.reads,
+                exchange.error,
+            )
+            record, _ = digest.to_record(raw)
+            if record.ok:
+                if kind != kinds[0]:
+                    print("pdbench: the server takes no token ids here; prompts are text, lengths are words", file=sys.stderr)
+                return replace(target, prompt=kind)
+            # sglang-router 0.3.2 answers token ids on /v1/completions with 422.
+            if exchange.status not in (400, 422):
+                break
+        hint = {401: " (--api-key-file?)", 403: " (--api-key-file?)", 404: " (--api, --model?)"}.get(record.status, "")
+        where = self._plan.url + PATHS[target.api]
+        raise CannotMeasureError(f"{where} did not answer the first request: {record.error}{hint}")
+
+    async def _points(self, client: Client, pool: Executor) -> None:
+        evidence = None
+        if self._plan.deployment is not None:
+            evidence = Evidence(self._plan.deployment, self._plan.headers, pool)
+        sender = Sender(client, self._plan.target, pool, self._progress, self._broken)
+        serial = 1
+        try:
+            for number, load in enumerate(self._plan.loads):
+                count = self._plan.warmup if self._plan.warmup is not None else (load.concurrency or OPEN_WARMUP_SLOTS)
+                warmups = load.warmup(count)
+                label = load_name(self._plan.setup.points[number])
+                self._progress.phase("warmup", number + 1, count, label)
+                lists = {WARMUP: warmups, MEASURE: load.measured()}
+                bodies = await asyncio.to_thread(Bodies.make, self._plan.target, self._plan.prompts, number, serial, lists)
+                serial += count + load.count
+                if self._stop.is_set():
+                    return
+                start = perf_counter()
+                self._watches[number] = watch = Watch()
+                work = run_point(sender, client, self._progress, number, load, warmups, bodies, start, watch)
+                if not await self._watched(evidence, number, start, work):
+                    return
+            self._complete = True
+        finally:
+            await sender.digested()
+            if evidence is not None:
+                await evidence.close()
+
+    async def _watched(self, evidence: Evidence | None, number: int, start: float, work: Coroutine[None, None, None]) -> bool:
+        """Run a point between two snapshots of the servers, with a scrape at intervals; tell whether it ended."""
+        if evidence is None:
+            return await until(self._stop, work)
+        entry: Json = {"point": number, "before": await evidence.snapshot(perf_counter() - start)}
+        self._evidence.append(entry)
+        scraper = None
+        if self._plan.scrape_every_s > 0:
+            scraper = asyncio.create_task(evidence.scrape(number, start, self._plan.scrape_every_s))
+        try:
+            return await until(self._stop, work)
+        finally:
+            if scraper is not None:
+                scraper.cancel()
+                await asyncio.gather(scraper, return_exceptions=True)
+            entry["after"] = await evidence.snapshot(perf_counter() - start)
+            if self._fault is None:
+                write_json(self._folder.evidence, {"schema": 1, "points": self._evidence})
+                write_metrics(self._folder.server_metrics, evidence.rows)
+
+    def _finish(self) -> int:
+        if self._fault is not None:
+            raise self._fault
+        missing = []
+        if not self._complete:
+            missing = [f"stopped: {len(self._watches)} of {len(self._plan.loads)} load points were begun"]
+        summary = self._folder.finish(self._plan.setup, self._clients(), missing)
+        self._progress.state = "done" if self._complete else "stopped"
+        self._progress.write()
+        print(render(cast(list[Json], summary["points"])))
+        for reason in cast(list[str], summary["invalid_reasons"]):
+            print(f"pdbench: invalid: {reason}", file=sys.stderr)
+        return _VALID if summary["valid"] else _INVALID
+
+    def _clients(self) -> dict[int, Json]:
+        records = list(read_jsonl(self._folder.journal))
+        found = {}
+        for number, watch in self._watches.items():
+            slots = self._plan.loads[number].concurrency
+            delivered = delivered_open(watch.spans) if slots is None else delivered_closed(watch.spans, slots)
+            found[number] = watch.report(*output_of(records, number), delivered)
+        return found
+
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        if not keeper.cancelled() and (why := keeper.exception()) is not None:
+            self._broken(why)
+
+    def _broken(self, why: BaseException) -> None:
+        self._fault = self._fault or why
+        self._stop.set()

@@ -1,0 +1,173 @@
+"""summary.json: the figures of every load point and what the client itself finds wrong with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from pdbench.metrics import Slo, Stats, output_tokens, summarise
+from pdbench.records import MEASURE, NOT_REPORTED, Record
+
+SCHEMA = 1
+Json = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the client may at most do wrong: p99 of loop lag and of lateness in ms, least share of load delivered."""
+
+    loop_lag_ms: float = 100.0
+    lateness_ms: float = 100.0
+    delivered: float = 0.9
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run's figures depend on beside its records; it is kept in run.json, for `--recover`."""
+
+    api: str
+    prompt: str
+    points: Sequence[Json]
+    ratio: str | None
+    gpus: int | None
+    slo: Slo
+    bounds: Bounds
+
+
+def point_summary(setup: Setup, number: int, records: Sequence[Record], client: Mapping[str, object]) -> Json:
+    """Return one entry of ``points``: what was asked, what came of it, whether to believe it."""
+    asked = setup.points[number]
+    measured = [r for r in records if r.point == number and r.phase == MEASURE]
+    reasons = find_faults(setup, cast(int, asked["num_requests"]), measured, client)
+    return {
+        "point": number,
+        **asked,
+        "ratio": setup.ratio,
+        "gpus": setup.gpus,
+        **summarise(measured, setup.gpus, setup.slo),
+        "valid": not reasons,
+        "invalid_reasons": reasons,
+        "notes": find_notes(client),
+        "client": dict(client),
+    }
+
+
+def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str]) -> Json:
+    """Return summary.json; with one load point its keys stand at the top level, too.
+
+    ``missing`` are reasons that concern the run as a whole (stopped, recovered).
+    """
+    many = len(points) > 1
+    reasons = [
+        *missing,
+        *(f"point {p['point']}: {why}" if many else str(why) for p in points for why in cast(list[str], p["invalid_reasons"])),
+    ]
+    total = {key: sum(cast(int, p[key]) for p in points) for key in ("completed", "failed")}
+    single = points[0] if len(points) == 1 else {}
+    return {
+        "schema": SCHEMA,
+        **single,
+        **total,
+        "ratio": setup.ratio,
+        "gpus": setup.gpus,
+        "api": setup.api,
+        "prompt": setup.prompt,
+        "valid": not reasons,
+        "invalid_reasons": reasons,
+        "points": list(points),
+    }
+
+
+def find_faults(setup: Setup, asked: int, measured: Sequence[Record], client: Mapping[str, object]) -> list[str]:
+    """Return every reason why the figures of a point are not to be believed, as far as the client can see."""
+    good = [r for r in measured if r.ok]
+    return [*_missing(asked, measured), *_wrong(setup, good), *_slow_client(setup.bounds, client)]
+
+
+def _missing(asked: int, measured: Sequence[Record]) -> list[str]:
+    found = []
+    if len(measured) != asked:
+        found.append(f"{len(measured)} of {asked} requests are accounted for")
+    errors = Counter(r.error for r in measured if not r.ok)
+    if errors:
+        error, times = errors.most_common(1)[0]
+        found.append(f"{errors.total()} of {len(measured)} requests failed, {times} of them with: {error}")
+    return found
+
+
+def _wrong(setup: Setup, good: Sequence[Record]) -> list[str]:
+    found = []
+    silent = sum(r.output_tokens == NOT_REPORTED for r in good)
+    if silent:
+        found.append(f"the server reported no count of output tokens for {silent} of {len(good)} answers")
+    short = [r for r in good if r.output_tokens not in (NOT_REPORTED, r.output_tokens_asked)]
+    if short:
+        r = short[0]
+        found.append(
+            f"{len(short)} of {len(good)} answers are not as long as forced, "
+            f"such as request {r.index}: {r.output_tokens} tokens for {r.output_tokens_asked}"
+        )
+    if setup.prompt == "tokens":
+        other = [r for r in good if r.prompt_tokens not in (NOT_REPORTED, r.prompt_tokens_asked)]
+        if other:
+            r = other[0]
+            found.append(
+                f"the server counts another number of prompt tokens than were sent in {len(other)} of {len(good)} "
+                f"requests, such as request {r.index}: {r.prompt_tokens} for {r.prompt_tokens_asked}"
+            )
+    unordered = sum(not r.sent_s < r.first_s <= r.end_s or r.chunk_s != sorted(r.chunk_s) for r in good)
+    if unordered:
+        found.append(f"{unordered} of {len(good)} requests have times out of order (first token not after sending)")
+    return [*found, *_cached(setup, good)]
+
+
+def _cached(setup: Setup, good: Sequence[Record]) -> list[str]:
+    # Every chat begins with the template's own words: there a cache may help whatever the prompts are.
+    if setup.api == "chat":
+        return []
+    cached = sum(max(0, r.cached_tokens) for r in good)
+    prompts = sum(max(0, r.prompt_tokens) for r in good)
+    # A BOS token and a first token met before are no contamination.
+    if cached > max(0.01 * prompts, 2 * len(good)):
+        return [
+            f"{cached} of {prompts} prompt tokens came out of a prefix cache: "
+            "these prompts were sent before; take another --seed or flush the caches"
+        ]
+    return []
+
+
+def _slow_client(bounds: Bounds, client: Mapping[str, object]) -> list[str]:
+    found = []
+    for key, limit, what in (
+        ("loop_lag_ms", bounds.loop_lag_ms, "event loop lagged"),
+        ("send_lateness_ms", bounds.lateness_ms, "requests were sent late"),
+    ):
+        p99 = cast(Stats, client[key])["p99"]
+        if p99 is not None and p99 > limit:
+            found.append(f"the client did not keep up: its {what} by {p99:.0f} ms (p99; bound {limit:g} ms)")
+    delivered = cast("float | None", client["delivered_load"])
+    if delivered is not None and delivered < bounds.delivered:
+        found.append(
+            f"the client did not keep up: it delivered {delivered:.0%} of the configured load (bound {bounds.delivered:.0%})"
+        )
+    return found
+
+
+def find_notes(client: Mapping[str, object]) -> list[str]:
+    """Return what a reader of the latencies must know, though nothing is wrong."""
+    notes = []
+    per_event = cast("float | None", client["tokens_per_event"])
+    per_read = cast("float | None", client["events_per_read"])
+    if per_event is not None and per_event > 1.05:
+        notes.append(f"one event holds {per_event:.1f} output tokens on average: ITL is the gap between events, not tokens")
+    if per_read is not None and per_read > 1.2:
+        notes.append(f"one read holds {per_read:.1f} events on average: they came together, and ITL has gaps of 0 in it")
+    return notes
+
+
+def output_of(records: Sequence[Record], number: int) -> tuple[int, int]:
+    """Return output tokens and events that carried output, summed over the good measured requests of a point."""
+    good = [r for r in records if r.point == number and r.phase == MEASURE and r.ok]
+    return sum(map(output_tokens, good)), sum(len(r.chunk_s) for r in good)

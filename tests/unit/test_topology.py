@@ -1,0 +1,416 @@
+"""The laws of placement, against brute force on small clusters."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, combinations, product
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pdlib.errors import UserError
+from pdlib.ratio import Ratio, parse
+from pdlib.topology import Host, Placed, RoleShape, attempt, fitting_ratios, place
+
+ROLES = ("prefill", "decode", "aggregated")
+Counts = tuple[int, ...]
+
+# ---------------------------------------------------------------- brute force
+
+
+def subsets(items: Sequence[Placed]) -> Iterator[tuple[Placed, ...]]:
+    return chain.from_iterable(combinations(items, size) for size in range(len(items) + 1))
+
+
+def on(worker: Placed, host: str) -> set[int]:
+    return {gpu for name, gpus in worker.ranks if name == host for gpu in gpus}
+
+
+def valid(worker: Placed, hosts: Mapping[str, Host], shape: Mapping[str, RoleShape], roles: Sequence[str]) -> bool:
+    """Whether a running worker is one that today's settings allow."""
+    if worker.role not in roles or len(worker.ranks) != shape[worker.role].nodes:
+        return False
+    for name, gpus in worker.ranks:
+        pool = set(hosts[name].gpus.get(worker.role, ())) if name in hosts else set()
+        if len(gpus) != shape[worker.role].per_node or not set(gpus) <= pool:
+            return False
+        if shape[worker.role].nodes > 1 and set(gpus) != pool:
+            return False
+    return True
+
+
+def overlap(workers: Sequence[Placed], hosts: Mapping[str, Host], shape: Mapping[str, RoleShape]) -> bool:
+    for one, other in combinations(workers, 2):
+        for name in {n for n, _ in one.ranks} & {n for n, _ in other.ranks}:
+            if max(shape[one.role].nodes, shape[other.role].nodes) > 1:
+                return True
+            if on(one, name) & on(other, name) and (not hosts[name].shared or one.role == other.role):
+                return True
+    return False
+
+
+def room(host: Host, kept: Sequence[Placed], roles: Sequence[str], shape: Mapping[str, RoleShape]) -> set[Counts]:
+    """Every tuple of new workers per role that the host can take beside the kept ones, by trying each use of each GPU."""
+    if host.frozen or any(shape[w.role].nodes > 1 for w in kept if any(n == host.name for n, _ in w.ranks)):
+        return {tuple(0 for _ in roles)}
+    held = {role: set().union(*(on(w, host.name) for w in kept if w.role == role)) for role in roles}
+    gpus = sorted(host.all_gpus)
+    if host.shared:
+        most = [tuple(len(set(host.gpus.get(r, ())) - held[r]) // shape[r].gpus for r in roles)]
+    else:
+        free = [gpu for gpu in gpus if not any(gpu in used for used in held.values())]
+        uses = [[None, *(r for r in roles if gpu in host.gpus.get(r, ()))] for gpu in free]
+        most = [tuple(use.count(r) // shape[r].gpus for r in roles) for use in product(*uses)]
+    return {counts for top in set(most) for counts in product(*(range(n + 1) for n in top))}
+
+
+def best_kept(
+    wanted: Mapping[str, int], shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]
+) -> int | None:
+    """The most workers that any placement of ``wanted`` keeps, None when there is no placement."""
+    known, roles = {h.name: h for h in hosts}, [r for r in ROLES if r in wanted]
+    single = [r for r in roles if shape[r].nodes == 1]
+    pinned = [w for w in current if any(n in known and known[n].frozen for n, _ in w.ranks)]
+    able = [w for w in current if valid(w, known, shape, roles)]
+    if any(w not in able for w in pinned):
+        return None
+    best: int | None = None
+    for kept in subsets(able):
+        counts = Counter(w.role for w in kept)
+        if (best is not None and len(kept) <= best) or any(counts[r] > wanted[r] for r in roles):
+            continue
+        if any(w not in kept for w in pinned) or overlap(kept, known, shape):
+            continue
+        missing = {r: wanted[r] - counts[r] for r in roles}
+        if any(
+            fits_single({r: missing[r] for r in single}, single, shape, [h for h in hosts if h.name not in taken], kept)
+            for taken in multi_choices(missing, shape, hosts, kept)
+        ):
+            best = len(kept)
+    return best
+
+
+def multi_choices(
+    missing: Mapping[str, int], shape: Mapping[str, RoleShape], hosts: Sequence[Host], kept: Sequence[Placed]
+) -> Iterator[set[str]]:
+    """Every set of hosts that the new multi-node workers may take."""
+    busy = {name for w in kept for name, _ in w.ranks}
+    roles = [r for r in missing if shape[r].nodes > 1]
+    per_role = [
+        combinations(
+            [h.name for h in hosts if h.name not in busy and not h.frozen and len(h.gpus.get(r, ())) == shape[r].per_node],
+            missing[r] * shape[r].nodes,
+        )
+        for r in roles
+    ]
+    for choice in product(*map(list, per_role)):
+        names = [name for part in choice for name in part]
+        if len(set(names)) == len(names):
+            yield set(names)
+
+
+def fits_single(
+    missing: Mapping[str, int], roles: Sequence[str], shape: Mapping[str, RoleShape], hosts: Sequence[Host], kept: Sequence[Placed]
+) -> bool:
+    reachable: set[Counts] = {tuple(0 for _ in roles)}
+    for host in hosts:
+        options = room(host, kept, roles, shape)
+        reachable = {
+            tuple(a + b for a, b in zip(done, more, strict=True))
+            for done in reachable
+            for more in options
+            if all(a + b <= missing[r] for a, b, r in zip(done, more, roles, strict=True))
+        }
+    return tuple(missing[r] for r in roles) in reachable
+
+
+# ---------------------------------------------------------------- random clusters
+
+
+@st.composite
+def clusters(draw: st.DrawFn, frozen: bool = True, gpus: int = 4, most_hosts: int = 3) -> list[Host]:
+    hosts = []
+    count = draw(st.integers(1, most_hosts))
+    ranks = {role: draw(st.permutations(range(count))) for role in ROLES}
+    for i in range(count):
+        lent = list(range(draw(st.integers(0, gpus))))
+        groups = draw(st.sampled_from([("prefill",), ("decode",), ("prefill", "decode"), ("prefill", "decode")]))
+        pools = {}
+        for role in (*groups, "aggregated"):
+            whole = role == "aggregated" or draw(st.integers(0, 3)) > 0
+            pools[role] = tuple(lent if whole else draw(st.lists(st.sampled_from(lent), unique=True)) if lent else [])
+        hosts.append(
+            Host(
+                name=f"h{i}",
+                gpus=pools,
+                order={role: ranks[role][i] for role in pools},
+                shared=draw(st.integers(0, 5)) == 0,
+                frozen=frozen and draw(st.integers(0, 4)) == 0,
+            )
+        )
+    return hosts
+
+
+def running(draw: st.DrawFn, hosts: Sequence[Host], most: int = 6) -> list[Placed]:
+    """Workers that some earlier settings left: of any role and size, on any GPU, valid today or not."""
+    workers: list[Placed] = []
+    used: dict[tuple[str, str], set[int]] = {}
+    shared_before = {h.name: h.shared or (not h.frozen and draw(st.integers(0, 4)) == 0) for h in hosts}
+    numbers = {role: iter(draw(st.permutations(range(most)))) for role in ROLES}
+    for _ in range(draw(st.integers(0, most))):
+        host = draw(st.sampled_from(list(hosts)))
+        role = draw(st.sampled_from(ROLES[:2] if draw(st.integers(0, 3)) else ROLES))
+        pool = host.gpus.get(role, ()) if draw(st.integers(0, 4)) else range(4)
+        others = ROLES if not shared_before[host.name] else (role,)
+        free = [g for g in pool if not any(g in used.get((host.name, r), ()) for r in others)]
+        size = draw(st.integers(1, 3)) if draw(st.integers(0, 3)) == 0 else draw(st.sampled_from((1, 2)))
+        if len(free) >= size:
+            gpus = tuple(sorted(draw(st.permutations(free))[:size]))
+            used.setdefault((host.name, role), set()).update(gpus)
+            workers.append(Placed(f"{role}-{next(numbers[role])}", role, ((host.name, gpus),)))
+    return workers
+
+
+RATIOS = st.one_of(
+    st.builds(Ratio, prefill=st.integers(1, 4), decode=st.integers(1, 4)),
+    st.builds(Ratio, aggregated=st.integers(1, 5)),
+)
+SIZES = st.sampled_from([1, 1, 1, 2, 2, 3])
+
+
+def check_laws(
+    ratio: Ratio, shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed], made: Sequence[Placed]
+) -> None:
+    """What holds for every placement, whatever ran before."""
+    known = {h.name: h for h in hosts}
+    assert Counter(w.role for w in made) == ratio.counts()
+    assert len({w.name for w in made}) == len(made)
+    users: Counter[tuple[str, int, str]] = Counter()
+    for worker in made:
+        assert worker.name.rsplit("-", 1)[0] == worker.role
+        assert int(worker.name.rsplit("-", 1)[1]) >= 0
+        assert len(worker.ranks) == shape[worker.role].nodes
+        assert len({name for name, _ in worker.ranks}) == len(worker.ranks)
+        for name, gpus in worker.ranks:
+            host = known[name]
+            assert worker.role in host.gpus, "a host that the worker's groups do not allow"
+            assert set(gpus) <= set(host.gpus[worker.role])
+            assert len(set(gpus)) == len(gpus) == shape[worker.role].per_node
+            for gpu in gpus:
+                users[name, gpu, worker.role if host.shared else ""] += 1
+            if shape[worker.role].nodes > 1:
+                assert [w.name for w in made if any(n == name for n, _ in w.ranks)] == [worker.name], "a whole host"
+    assert all(times == 1 for times in users.values()), "a GPU is used twice"
+    for host in hosts:
+        if host.frozen:
+            assert {w for w in made if on_host(w, host)} == {w for w in current if on_host(w, host)}
+
+
+def on_host(worker: Placed, host: Host) -> bool:
+    return any(name == host.name for name, _ in worker.ranks)
+
+
+def check(ratio: Ratio, shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]) -> list[Placed] | None:
+    """Place and compare with brute force."""
+    made = attempt(ratio, shape, hosts, current)
+    best = best_kept(ratio.counts(), shape, hosts, current)
+    assert (made is None) == (best is None), f"brute force keeps {best}, attempt gives {made}"
+    if made is None:
+        return None
+    check_laws(ratio, shape, hosts, current, made)
+    assert len(set(made) & set(current)) == best, "not the most workers kept"
+    again = attempt(ratio, shape, hosts, list(reversed(current)))
+    assert again == made, "the order in which running workers are listed changes the placement"
+    return made
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_single_host_workers(data: st.DataObject) -> None:
+    hosts = data.draw(clusters())
+    shape = {role: RoleShape(data.draw(SIZES)) for role in ROLES}
+    current = data.draw(st.composite(running)(hosts))
+    check(data.draw(RATIOS), shape, hosts, current)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_chain_of_ratios_moves_the_fewest_workers(data: st.DataObject) -> None:
+    hosts = data.draw(clusters(frozen=False))
+    shape = {role: RoleShape(data.draw(st.sampled_from([1, 1, 2]))) for role in ROLES}
+    current: list[Placed] = []
+    for ratio in data.draw(st.lists(RATIOS, min_size=2, max_size=4)):
+        made = check(ratio, shape, hosts, current)
+        if made is not None:
+            assert attempt(ratio, shape, hosts, made) == made, "what is there stays as it is"
+            current = made
+
+
+@st.composite
+def mixed(draw: st.DrawFn) -> tuple[list[Host], dict[str, RoleShape], list[Placed]]:
+    """Hosts with 1 or 2 GPUs, of which some roles' workers take whole ones, and what ran there before."""
+    hosts = draw(clusters(gpus=2, most_hosts=4))
+    shape = {}
+    for role in ROLES:
+        nodes = draw(st.sampled_from([1, 2, 2, 3]))
+        shape[role] = RoleShape(gpus=nodes * draw(st.sampled_from([1, 2])), nodes=nodes)
+    current: list[Placed] = []
+    for ratio in draw(st.lists(st.builds(Ratio, prefill=st.integers(1, 2), decode=st.integers(1, 2)), max_size=2)):
+        before = {r: RoleShape(1) if draw(st.integers(0, 2)) == 0 else shape[r] for r in ROLES}
+        thawed = [Host(h.name, h.gpus, h.order, h.shared) for h in draw(st.permutations(hosts))]
+        current = attempt(ratio, before, thawed, current) or current
+    return hosts, shape, current
+
+
+@given(mixed(), RATIOS)
+@settings(max_examples=300, deadline=None)
+def test_workers_over_whole_hosts(case: tuple[list[Host], dict[str, RoleShape], list[Placed]], ratio: Ratio) -> None:
+    hosts, shape, current = case
+    assume(not overlap(current, {h.name: h for h in hosts}, {r: RoleShape(1) for r in ROLES}))
+    check(ratio, shape, hosts, current)
+
+
+@given(st.data())
+@settings(max_examples=120, deadline=None)
+def test_fitting_ratios_fit_and_cannot_grow(data: st.DataObject) -> None:
+    hosts = data.draw(clusters())
+    shape = {role: RoleShape(data.draw(SIZES)) for role in ROLES}
+    current = [w for w in data.draw(st.composite(running)(hosts)) if valid(w, {h.name: h for h in hosts}, shape, ROLES)]
+    fitting = fitting_ratios(shape, hosts, current)
+    assert len(fitting) == len(set(fitting)) <= 9
+
+    def fits(**counts: int) -> bool:
+        return best_kept({r: n for r, n in counts.items() if n}, shape, hosts, current) is not None
+
+    total = sum(len(h.all_gpus) for h in hosts)
+    for word in fitting:
+        ratio = parse(word)
+        assert fits(**ratio.counts()), word
+        grown = "decode" if ratio.disaggregated else "aggregated"
+        larger = [{**ratio.counts(), grown: n} for n in range(ratio.counts()[grown] + 1, 2 * total + 2)]
+        assert not any(fits(**counts) for counts in larger), f"{word} can grow"
+    if not any("agg" in word for word in fitting):
+        assert not any(fits(aggregated=n) for n in range(1, total + 1))
+    if not any("p" in word for word in fitting):
+        assert not any(fits(prefill=p, decode=d) for p in range(1, total + 1) for d in range(1, total + 1))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def hosts_of(*gpus: int, roles: Sequence[str] = ROLES) -> list[Host]:
+    return [Host(f"n{i}", {r: tuple(range(n)) for r in roles}, {r: i for r in roles}) for i, n in enumerate(gpus)]
+
+
+def one_each(gpus: int = 1, nodes: int = 1) -> dict[str, RoleShape]:
+    return {role: RoleShape(gpus, nodes) for role in ROLES}
+
+
+def test_prefill_fills_its_group_from_the_front_and_decode_its_own() -> None:
+    hosts = [
+        Host("a", {r: (0, 1, 2, 3) for r in ROLES}, {"prefill": 0, "decode": 1, "aggregated": 0}),
+        Host("b", {r: (0, 1, 2, 3) for r in ROLES}, {"prefill": 1, "decode": 0, "aggregated": 1}),
+    ]
+    made = place(Ratio(3, 1), one_each(), hosts, [])
+    assert [(w.name, w.ranks) for w in made] == [
+        ("prefill-0", (("a", (0,)),)),
+        ("prefill-1", (("a", (1,)),)),
+        ("prefill-2", (("a", (2,)),)),
+        ("decode-0", (("b", (0,)),)),
+    ]
+
+
+def test_deepseek_one_prefill_over_three_hosts_and_one_decode_and_the_reverse() -> None:
+    hosts = hosts_of(8, 8, 8, 8)
+    forth = {"prefill": RoleShape(24, 3), "decode": RoleShape(8), "aggregated": RoleShape(8)}
+    back = {"prefill": RoleShape(8), "decode": RoleShape(24, 3), "aggregated": RoleShape(8)}
+    whole = tuple(range(8))
+    first = place(Ratio(1, 1), forth, hosts, [])
+    assert [[name for name, _ in w.ranks] for w in first] == [["n0", "n1", "n2"], ["n3"]]
+    assert all(gpus == whole for w in first for _, gpus in w.ranks)
+    reverse = place(Ratio(1, 1), back, hosts, [])
+    assert [sorted(len(w.ranks) for w in reverse)] == [[1, 3]]
+    assert {name for w in reverse for name, _ in w.ranks} == {"n0", "n1", "n2", "n3"}
+    assert place(Ratio(1, 1), back, hosts, first) == reverse
+    assert place(Ratio(1, 1), forth, hosts, first) == first
+
+
+def test_deepseek_with_groups_that_meet_in_one_host() -> None:
+    both = [
+        Host(f"n{i}", {r: tuple(range(8)) for r in roles}, {r: i for r in roles})
+        for i, roles in enumerate([("prefill", "decode"), ("prefill",), ("prefill",), ("prefill",)])
+    ]
+    made = place(Ratio(1, 1), {**one_each(8), "prefill": RoleShape(24, 3)}, both, [])
+    assert [[name for name, _ in w.ranks] for w in made] == [["n1", "n2", "n3"], ["n0"]]
+
+
+def test_a_new_worker_over_whole_hosts_spares_the_hosts_that_run_something() -> None:
+    hosts = hosts_of(2, 2, 2)
+    shape = {**one_each(), "prefill": RoleShape(4, 2)}
+    current = [Placed("decode-0", "decode", (("n0", (0,)),))]
+    made = place(Ratio(1, 1), shape, hosts, current)
+    assert current[0] in made
+    assert [name for name, _ in made[0].ranks] == ["n1", "n2"]
+
+
+def test_names_of_stopped_workers_are_taken_again() -> None:
+    hosts = hosts_of(4)
+    current = place(Ratio(3, 1), one_each(), hosts, [])
+    kept = [w for w in current if w.name != "prefill-1"]
+    again = place(Ratio(3, 1), one_each(), hosts, kept)
+    assert {w.name for w in again} == {"prefill-0", "prefill-1", "prefill-2", "decode-0"}
+    assert set(kept) <= set(again)
+
+
+def test_sharing_that_was_turned_off_ends_the_sharing() -> None:
+    shared = [Host("n0", {r: (0,) for r in ROLES}, dict.fromkeys(ROLES, 0), shared=True)]
+    current = place(Ratio(1, 1), one_each(), shared, [])
+    assert [w.ranks for w in current] == [(("n0", (0,)),), (("n0", (0,)),)]
+    apart = [Host("n0", {r: (0, 1) for r in ROLES}, dict.fromkeys(ROLES, 0))]
+    made = place(Ratio(1, 1), one_each(), apart, current)
+    assert sorted(gpus for w in made for _, gpus in w.ranks) == [(0,), (1,)]
+    assert len(set(made) & set(current)) == 1
+    with pytest.raises(UserError):
+        place(Ratio(1, 1), one_each(), [Host("n0", {r: (0,) for r in ROLES}, dict.fromkeys(ROLES, 0))], current)
+
+
+def test_too_few_gpus_says_what_there_is_what_is_needed_and_what_fits() -> None:
+    hosts = [
+        Host("gh200", {"prefill": (0, 1, 2, 3), "aggregated": (0, 1, 2, 3)}, {"prefill": 0, "aggregated": 0}),
+        Host("a100", {r: (0, 1, 2, 3) for r in ROLES}, {"prefill": 1, "decode": 0, "aggregated": 1}),
+    ]
+    with pytest.raises(UserError) as refused:
+        place(Ratio(5, 2), one_each(2), hosts, [])
+    message = str(refused.value)
+    for part in (
+        "ratio 5p2d does not fit",
+        "prefill_nodes: needs 5 x 2 GPU(s); GPUs by host: gh200 4 and a100 4",
+        "decode_nodes: needs 2 x 2 GPU(s); GPUs by host: a100 4",
+        "in both groups, so lent to one or the other: a100",
+        "ratios that fit: ",
+    ):
+        assert part in message
+    fitting = message.rpartition("ratios that fit: ")[2].split(", ")
+    assert fitting == fitting_ratios(one_each(2), hosts, [])
+    assert {"2p2d", "3p1d", "4agg"} <= set(fitting)
+
+
+def test_nothing_fits_says_none_and_frozen_hosts_are_named() -> None:
+    hosts = [Host("n0", {r: () for r in ROLES}, dict.fromkeys(ROLES, 0), frozen=True)]
+    with pytest.raises(UserError, match=r"n0 0 \(outside the limit\)(.|\n)*ratios that fit: none"):
+        place(Ratio(1, 1), one_each(), hosts, [])
+    with pytest.raises(UserError, match="needs 1 x 3 whole hosts"):
+        place(Ratio(1, 1), {**one_each(8), "prefill": RoleShape(24, 3)}, hosts_of(8, 8, 8), [])
+
+
+def test_a_large_cluster_is_placed_and_the_message_made_in_reasonable_time() -> None:
+    rng = random.Random(1)
+    hosts = hosts_of(*[8] * 50)
+    current = place(Ratio(60, 40), one_each(4), hosts, [])
+    made = place(Ratio(50, 50), one_each(4), hosts, rng.sample(current, len(current)))
+    assert len(set(made) & set(current)) == 90
+    with pytest.raises(UserError, match="ratios that fit"):
+        place(Ratio(80, 60), one_each(4), hosts, current)
