@@ -36,6 +36,8 @@ plan: {description: The deployed plan; empty when there is none., returned: "C(a
 holder: {description: Who holds the lock., returned: "C(action) read", type: dict, sample: {pid: 4711, verb: deploy}}
 """
 
+from typing import Any, Dict
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import deployed
 from ansible.module_utils.pdlib.errors import UserError
@@ -56,7 +58,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     p = module.params
-    result = {"changed": False}
+    result: Dict[str, Any] = {"changed": False}
     try:
         if p["action"] == "store":
             before = deployed.read(p["state_dir"])

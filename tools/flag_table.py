@@ -53,6 +53,7 @@ class StandIn(type):
         return stand_in(name)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Give back what is decorated, else another stand-in."""
         return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else stand_in("value")
 
     def __getitem__(cls, key: object) -> StandIn:
@@ -99,11 +100,13 @@ class MissingModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Comes last: what no other finder has is a module of stand-ins."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        """Find everything but the engine."""
         if name.startswith("sglang."):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """Make the module."""
         return StandInModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -114,6 +117,7 @@ class EngineModules(importlib.abc.MetaPathFinder):
     """Comes first: a module of the engine which fails beside stand-ins becomes one, unless flags are defined there."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Find the engine's modules, and wrap their execution."""
         if not name.startswith("sglang."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -210,7 +214,8 @@ def rows(parser: argparse.ArgumentParser) -> tuple[list[dict[str, Any]], dict[st
             continue
         own = "--" + action.dest.replace("_", "-")
         name = own if own in long else long[0]
-        negations = [option for option in long if option.startswith("--no-") and isinstance(action, argparse.BooleanOptionalAction)]
+        negatable = isinstance(action, argparse.BooleanOptionalAction)
+        negations = [option for option in long if negatable and option.startswith("--no-")]
         row = {
             "flag": name,
             "aliases": [option for option in long if option not in (name, *negations)],

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from real.make_tiny_model import KV_BYTES_PER_TOKEN, SPECIAL_TOKENS, VOCABULARY
 
 __all__ = ["KV_BYTES_PER_TOKEN", "ServerError", "ask", "counter", "counters", "differences", "get", "greedy", "prompts"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from real.helpers import engine_python
 
 TABLES = Path(__file__).parents[2] / "library" / "module_utils" / "pdlib" / "flags"

@@ -11,6 +11,7 @@ KEYFILE must be a regular file of the user who runs this, closed to everyone els
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import runpy
@@ -26,8 +27,13 @@ class KeyFileError(Exception):
 
 def read_key(path: str) -> str:
     """The word in the key file. The checks are made on the open file, so it cannot be exchanged in between."""
+
+    def without_waiting(name: str, flags: int) -> int:
+        # opening a pipe waits for a writer
+        return os.open(name, flags | os.O_NONBLOCK)
+
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=without_waiting) as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise KeyFileError(f"{path} is not a regular file")
@@ -53,20 +59,31 @@ def hide_in_logs(secret: str) -> None:
     logging.setLogRecordFactory(Record)
 
 
+def found(module: str) -> bool:
+    """Whether there is such a module to run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
 def main(argv: list[str]) -> int:
     """Command line; see the top of the file. Returns only when there was nothing to run, or when MODULE returned."""
     if len(argv) < 4:
         print(USAGE, file=sys.stderr)
         return 2
     _, key_file, flag, module, *arguments = argv
+    # `python -m` has the working folder where `python FILE` has the folder of FILE
+    sys.path[0] = os.getcwd()
     try:
         key = read_key(key_file)
     except KeyFileError as error:
         print(f"with_api_key: {error}", file=sys.stderr)
         return 2
+    if not found(module):
+        print(f"with_api_key: {sys.executable} has no module {module}", file=sys.stderr)
+        return 2
     hide_in_logs(key)
-    # `python -m` has the working folder where `python FILE` has the folder of FILE
-    sys.path[0] = os.getcwd()
     sys.argv = [module, *arguments, flag, key]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0

@@ -29,7 +29,7 @@ def declare_torchvision_operators() -> None:
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     # torch removes what a library declared as soon as the library is collected
-    torch.library._pd_torchvision = library  # type: ignore[attr-defined]
+    torch.library._pd_torchvision = library
 
 
 def send_page_indices_from_host(module: ModuleType) -> None:
@@ -58,9 +58,7 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
 class Patches:
     """A finder which runs each patch once, at the import of the module that it is for."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if before := BEFORE_IMPORT.pop(name, None):
             before()
         after = AFTER_IMPORT.pop(name, None)
