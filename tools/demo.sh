@@ -16,5 +16,5 @@ trap finish EXIT
 
 say "ansible-playbook deploy_pd.yml"
 ansible-playbook deploy_pd.yml
-say "ansible-playbook bench.yml -e ratio=3p1d -e bench_concurrency=8,16,32 -e bench_num_requests=96 -e run_label=demo"
+say "ansible-playbook bench.yml -e ratio=3p1d -e bench_concurrency=8,16,32 -e bench_num_requests=96 -e bench_output_len=64 -e run_label=demo"
 ansible-playbook bench.yml -e ratio=3p1d -e bench_concurrency=8,16,32 -e bench_num_requests=96 -e bench_output_len=64 -e run_label=demo

@@ -4,6 +4,18 @@ set -eu -o pipefail
 cd "$(dirname "$0")/../requirements"
 uv="$PWD/../.pd/uv/bin/uv"
 [ -x "$uv" ] || { python3 -m venv ../.pd/uv && ../.pd/uv/bin/python -m pip install -q uv; }
+
+lock() { # NAME [OPTIONS...]
+  local name=$1
+  shift
+  "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-header "$@" "$name.in" -o "$name.txt"
+}
+
 for name in controller dev router-sglang-router supervisor pdbench pdbench-emulate tiny-model; do
-  "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-header "$name.in" -o "$name.txt"
+  lock "$name"
 done
+for version in 0.5.17 0.5.23; do
+  # without it uv takes an old sglang that pins no pre-release
+  lock "engine-sglang-$version" --prerelease=allow
+done
+lock engine-sglang-cpu --override engine-sglang-cpu.override

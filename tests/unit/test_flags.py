@@ -88,7 +88,10 @@ NAME = st.from_regex(r"[a-z]{1,8}(-[a-z]{1,8})?", fullmatch=True)
 WORD = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).filter(lambda s: not s.startswith("-"))
 
 
-@given(st.dictionaries(NAME, st.one_of(WORD, st.integers(0, 99), st.booleans(), st.none(), st.lists(WORD, min_size=1, max_size=3))))
+VALUE = st.one_of(WORD, st.integers(0, 99), st.booleans(), st.none(), st.lists(WORD, min_size=1, max_size=3))
+
+
+@given(st.dictionaries(NAME, VALUE))
 def test_argv_parses_back(args: dict[str, Any]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name, value in args.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
@@ -40,7 +41,10 @@ def _number(kind: type, value: Any) -> Any:
         raise ValueError
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
-    return kind(value)
+    number = kind(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _list(value: Any) -> List[Any]:
@@ -65,9 +69,11 @@ def _bool(value: Any) -> bool:
 def _gpus(value: Any) -> Any:
     if value == "auto":
         return "auto"
-    if isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value):
-        return [_number(int, item) for item in _list(value)]
-    return list(range(_number(int, value)))
+    several = isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value)
+    indices = [_number(int, item) for item in _list(value)] if several else [*range(_number(int, value))]
+    if min(indices, default=0) < 0 or (not several and _number(int, value) < 0):
+        raise ValueError
+    return indices
 
 
 def _span(value: Any) -> str:

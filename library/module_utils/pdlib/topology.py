@@ -3,16 +3,16 @@
 Laws (tested by properties): no GPU is used twice (with ``gpus_shared``, at most once per role); a worker that may stay
 stays, with its name, GPUs and ports; a change of ratio moves the fewest workers; the same input gives the same placement.
 
-Method: per host, every possible (workers of each role) option is worth the workers it lets stay; a dynamic programme over
-the hosts finds the options that add up to the ratio with the most workers kept, then with the hosts listed first in the
-groups preferred, prefill filling ``prefill_nodes`` from the front and decode ``decode_nodes`` from the front.
+Method: every host has a list of things that it can do (so many workers of each role, or one of the hosts of a worker that
+spans several), each worth the running workers that it lets stay; a dynamic programme over the hosts finds the choices that
+add up to the ratio with the most workers kept, then with the hosts listed first in the groups preferred.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
+from itertools import combinations, product
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from .errors import UserError, listing
 from .ratio import Ratio
@@ -65,9 +65,15 @@ def _fits(
     host: Host, shape: Mapping[str, RoleShape], kept: Sequence[Placed], new: Mapping[str, int]
 ) -> Optional[Dict[str, List[Tuple[int, ...]]]]:
     """Return GPU sets per role for ``new`` workers beside the ``kept`` ones, or None when they do not fit."""
+    if not host.shared and sum(shape[role].gpus * count for role, count in new.items()) > len(host.all_gpus):
+        return None
     used: Dict[str, Set[int]] = {role: set() for role in host.gpus}
     for worker in kept:
-        used.setdefault(worker.role, set()).update(gpu for name, gpus in worker.ranks if name == host.name for gpu in gpus)
+        gpus = {gpu for name, own in worker.ranks if name == host.name for gpu in own}
+        # Workers that shared GPUs while gpus_shared was set cannot both stay.
+        if any(gpus & others for role, others in used.items() if role == worker.role or not host.shared):
+            return None
+        used.setdefault(worker.role, set()).update(gpus)
     placed: Dict[str, List[Tuple[int, ...]]] = {}
     for role in sorted(new, key=lambda r: (r == "decode", r)):
         others = {gpu for other, gpus in used.items() if other != role and not host.shared for gpu in gpus}
@@ -85,95 +91,97 @@ def _fits(
     return placed
 
 
-class _HostOptions:
-    """All (count per role) options of one host for single-host workers, each with what it keeps."""
+@dataclass(frozen=True)
+class _Choice:
+    """One thing that a host can do.
 
-    def __init__(self, host: Host, shape: Mapping[str, RoleShape], current: Sequence[Placed]):
-        self.host, self.shape, self.current = host, shape, current
+    ``takes``: per role of the ratio its workers here (1 where it is a host of a worker that spans several); ``kept``: running
+    workers that stay; ``new``: (role, host, GPUs); ``cost``: the lower, the nearer the front of the groups.
+    """
 
-    def option(self, counts: Mapping[str, int]) -> Optional[Tuple[List[Placed], Dict[str, List[Tuple[int, ...]]]]]:
-        """Return (kept workers, GPU sets of the new ones) with the most workers kept, or None if it does not fit."""
-        by_role = {role: [w for w in self.current if w.role == role] for role in counts}
-        if self.host.frozen:
-            exact = all(len(by_role[role]) == count for role, count in counts.items())
-            return (list(self.current), {}) if exact else None
-        most = sum(min(counts[role], len(by_role[role])) for role in counts)
-        for size in range(most, -1, -1):
-            for kept in combinations(sorted(self.current, key=lambda w: (w.role, _index(w))), size):
-                held = {role: sum(w.role == role for w in kept) for role in counts}
-                if any(held[role] > counts[role] for role in counts) or any(w.role not in counts for w in kept):
-                    continue
-                new = _fits(self.host, self.shape, kept, {role: counts[role] - held[role] for role in counts})
-                if new is not None:
-                    return list(kept), new
-        return None
-
-    def limits(self, roles: Sequence[str]) -> List[int]:
-        """Return, per role, the most workers that the host could hold of it alone."""
-        if self.host.frozen:
-            return [sum(w.role == role for w in self.current) for role in roles]
-        return [len(self.host.gpus.get(role, ())) // self.shape[role].gpus for role in roles]
+    takes: Tuple[int, ...]
+    kept: Tuple[Placed, ...] = ()
+    new: Tuple[Tuple[str, str, Tuple[int, ...]], ...] = ()
+    cost: int = 0
 
 
 def _index(worker: Placed) -> int:
     return int(worker.name.rsplit("-", 1)[1])
 
 
-def _distribute(
-    options: Sequence[_HostOptions], roles: Sequence[str], wanted: Sequence[int], rank: Mapping[str, Mapping[str, int]]
-) -> Optional[List[Tuple[int, ...]]]:
-    """Return how many workers of each role every host takes, or None when the ratio does not fit."""
-    if not roles:
-        return [() for _ in options]
-    if len(roles) == 1:
-        wanted, roles = (*wanted, 0), (roles[0], "")
-    first, second = roles
-    # state: workers placed so far -> (score, choices); score: most kept, then least rank sum
-    states: Dict[Tuple[int, int], Tuple[Tuple[int, int], Tuple[Tuple[int, int], ...]]] = {(0, 0): ((0, 0), ())}
-    for host in options:
-        most_first, most_second = host.limits([role for role in roles if role]) + ([0] if not second else [])
-        choices = []
-        for a in range(min(most_first, wanted[0]) + 1):
-            for b in range(min(most_second, wanted[1]) + 1):
-                found = host.option({first: a, second: b} if second else {first: a})
-                if found is None:
-                    continue
-                cost = a * rank[first].get(host.host.name, 0) + (b * rank[second].get(host.host.name, 0) if second else 0)
-                choices.append((a, b, len(found[0]), cost))
-        following: Dict[Tuple[int, int], Tuple[Tuple[int, int], Tuple[Tuple[int, int], ...]]] = {}
-        for (done_a, done_b), ((kept, cost), path) in states.items():
-            for a, b, more, dearer in choices:
-                key = (done_a + a, done_b + b)
-                if key[0] > wanted[0] or key[1] > wanted[1]:
-                    continue
-                score = (kept + more, cost - dearer)
-                known = following.get(key)
-                if known is None or score > known[0]:
-                    following[key] = (score, (*path, (a, b)))
-        states = following
-    best = states.get((wanted[0], wanted[1]))
-    if best is None:
+def _keep_most(
+    host: Host, shape: Mapping[str, RoleShape], running: Sequence[Placed], counts: Mapping[str, int]
+) -> Optional[Tuple[Tuple[Placed, ...], Dict[str, List[Tuple[int, ...]]]]]:
+    """Return (kept workers, GPU sets of the new ones) with the most workers kept, or None if ``counts`` do not fit."""
+    fresh = _fits(host, shape, [], counts)
+    if fresh is None:
         return None
-    return [choice if second else choice[:1] for choice in best[1]]
+    most = sum(min(count, sum(w.role == role for w in running)) for role, count in counts.items())
+    for size in range(most, 0, -1):
+        for kept in combinations(running, size):
+            missing = {role: count - sum(w.role == role for w in kept) for role, count in counts.items()}
+            if min(missing.values()) < 0:
+                continue
+            new = _fits(host, shape, kept, missing)
+            if new is not None:
+                return kept, new
+    return (), fresh
 
 
-def _multi_node(
-    role: str, count: int, shape: RoleShape, hosts: Sequence[Host], current: Sequence[Placed]
-) -> Optional[Tuple[List[Placed], List[Tuple[Tuple[str, Tuple[int, ...]], ...]]]]:
-    """Place workers that span whole hosts: (kept workers, rank tuples of the new ones), or None."""
-    room = {h.name: h for h in hosts if len(h.gpus.get(role, ())) == shape.per_node}
-    kept = [w for w in current if all(name in room for name, _ in w.ranks)]
-    kept = sorted(kept, key=lambda w: (not any(room[n].frozen for n, _ in w.ranks), _index(w)))[:count]
-    taken = {name for worker in kept for name, _ in worker.ranks}
-    free = [h for h in room.values() if h.name not in taken and not h.frozen]
-    missing = count - len(kept)
-    if len(free) < missing * shape.nodes:
-        return None
-    ranks = [
-        tuple((h.name, tuple(sorted(h.gpus[role]))) for h in free[i * shape.nodes : (i + 1) * shape.nodes])
-        for i in range(missing)
+def _choices(
+    host: Host, roles: Sequence[str], shape: Mapping[str, RoleShape], most: Sequence[int], running: Sequence[Placed]
+) -> List[_Choice]:
+    """Return all that a host can do; ``most``: the workers wanted per role; ``running``: single-host workers on it."""
+    if host.frozen:
+        return [_Choice(tuple(sum(w.role == role for w in running) for role in roles), tuple(running))]
+    found: List[_Choice] = []
+    running = sorted((w for w in running if w.role in roles), key=lambda w: (w.role, _index(w)))
+    room = [
+        min(wanted, len(host.gpus.get(role, ())) // shape[role].gpus) if shape[role].nodes == 1 else 0
+        for role, wanted in zip(roles, most)
     ]
-    return kept, ranks
+    for counts in product(*(range(count + 1) for count in room)):
+        option = _keep_most(host, shape, running, {r: n for r, n in zip(roles, counts) if shape[r].nodes == 1})
+        if option is not None:
+            new = tuple((role, host.name, gpus) for role, sets in option[1].items() for gpus in sets)
+            cost = sum(host.order.get(role, 0) * count for role, count in zip(roles, counts))
+            found.append(_Choice(counts, option[0], new, cost))
+    for i, role in enumerate(roles):
+        gpus = tuple(sorted(host.gpus.get(role, ())))
+        if shape[role].nodes > 1 and len(gpus) == shape[role].per_node:
+            one = tuple(int(i == j) for j in range(len(roles)))
+            found.append(_Choice(one, (), ((role, host.name, gpus),), host.order.get(role, 0)))
+    # Of equally good placements the one found first wins: prefill at the front.
+    return sorted(found, key=lambda choice: choice.takes, reverse=True)
+
+
+def _blocks(hosts: Sequence[Host], spans: Sequence[Placed]) -> Iterator[Tuple[Optional[Placed], List[Host]]]:
+    """Yield every host once: alone, or together with the others of the running worker that spans them."""
+    by_host = {name: worker for worker in spans for name, _ in worker.ranks}
+    for host in hosts:
+        worker = by_host.get(host.name)
+        if worker is None:
+            yield None, [host]
+        elif worker.ranks[0][0] == host.name:
+            yield worker, [h for h in hosts if by_host.get(h.name) == worker]
+
+
+#: per role the workers (or hosts) placed so far -> ((kept, -cost), (what came before, the choice) or ())
+_States = Dict[Tuple[int, ...], Tuple[Tuple[int, int], Any]]
+
+
+def _fold(states: _States, choices: Sequence[_Choice], targets: Sequence[int]) -> _States:
+    """Return the states after one of ``choices``, each with its best way there."""
+    following: _States = {}
+    for done, ((kept, cheap), path) in states.items():
+        for choice in choices:
+            key = tuple([a + b for a, b in zip(done, choice.takes)])
+            if any([a > b for a, b in zip(key, targets)]):
+                continue
+            score = (kept + len(choice.kept), cheap - choice.cost)
+            if key not in following or score > following[key][0]:
+                following[key] = (score, (path, choice))
+    return following
 
 
 def _names(role: str, kept: Sequence[Placed], count: int) -> List[str]:
@@ -182,15 +190,36 @@ def _names(role: str, kept: Sequence[Placed], count: int) -> List[str]:
     return [f"{role}-{next(free)}" for _ in range(count)]
 
 
-def _still_valid(worker: Placed, hosts: Mapping[str, Host], shape: Mapping[str, RoleShape]) -> bool:
+def _still_valid(worker: Placed, hosts: Mapping[str, Host], shape: Mapping[str, RoleShape], roles: Sequence[str]) -> bool:
     """Whether a running worker could have been placed as it is today."""
     wanted = shape.get(worker.role)
-    if wanted is None or len(worker.ranks) != wanted.nodes:
+    if wanted is None or worker.role not in roles or len(worker.ranks) != wanted.nodes:
         return False
-    return all(
-        name in hosts and len(gpus) == wanted.per_node and set(gpus) <= set(hosts[name].gpus.get(worker.role, ()))
-        for name, gpus in worker.ranks
-    )
+    for name, gpus in worker.ranks:
+        pool = set(hosts[name].gpus.get(worker.role, ())) if name in hosts else set()
+        if len(gpus) != wanted.per_node or not set(gpus) <= pool or (wanted.nodes > 1 and len(pool) != len(gpus)):
+            return False
+    return True
+
+
+class _Today:
+    """What runs today, as far as it could stay: pinned workers (on frozen hosts) must, or nothing is possible."""
+
+    def __init__(self, roles: Sequence[str], shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]):
+        known = {h.name: h for h in hosts}
+        valid = sorted((w for w in current if _still_valid(w, known, shape, roles)), key=lambda w: (w.role, _index(w)))
+        pinned = [w for w in current if any(name in known and known[name].frozen for name, _ in w.ranks)]
+        self.possible = all(w in valid for w in pinned)
+        self.pinned = set(pinned)
+        self.spans: List[Placed] = []
+        for worker in sorted((w for w in valid if len(w.ranks) > 1), key=lambda w: w not in self.pinned):
+            names = {name for name, _ in worker.ranks}
+            if not any(name in names for other in self.spans for name, _ in other.ranks):
+                self.spans.append(worker)
+        self.on: Dict[str, List[Placed]] = {h.name: [] for h in hosts}
+        for worker in valid:
+            if len(worker.ranks) == 1:
+                self.on[worker.ranks[0][0]].append(worker)
 
 
 def attempt(
@@ -201,47 +230,43 @@ def attempt(
     ``hosts``: in inventory order; ``current``: what runs today.
     """
     wanted = ratio.counts()
-    known = {h.name: h for h in hosts}
-    pinned = [w for w in current if any(name in known and known[name].frozen for name, _ in w.ranks)]
-    current = [w for w in current if _still_valid(w, known, shape)]
-    multi = sorted(role for role in wanted if shape[role].nodes > 1)
-    single = sorted((role for role in wanted if shape[role].nodes == 1), key=lambda r: (r == "decode", r))
-    result: List[Placed] = []
-    busy: Set[str] = set()
-    for role in multi:
-        free = [h for h in hosts if h.name not in busy]
-        # Hosts that only this role may use go first, so that other roles find room.
-        free.sort(key=lambda h: (sum(other in h.gpus for other in wanted), h.order.get(role, 0)))
-        placed = _multi_node(role, wanted[role], shape[role], free, [w for w in current if w.role == role])
-        if placed is None:
-            return None
-        kept, ranks = placed
-        result += kept
-        result += [Placed(name, role, rank) for name, rank in zip(_names(role, kept, len(ranks)), ranks)]
-        busy |= {name for w in result for name, _ in w.ranks}
-    options = [
-        _HostOptions(h, shape, [w for w in current if w.role in single and w.ranks[0][0] == h.name])
-        for h in hosts
-        if h.name not in busy
-    ]
-    rank = {role: {h.name: h.order.get(role, 0) for h in hosts} for role in single}
-    chosen = _distribute(options, single, [wanted[role] for role in single], rank)
-    if chosen is None:
+    roles = list(wanted)
+    targets = [count * shape[role].nodes for role, count in wanted.items()]
+    today = _Today(roles, shape, hosts, current)
+    if not today.possible:
         return None
-    fresh: Dict[str, List[Tuple[int, str, Tuple[int, ...]]]] = {role: [] for role in single}
-    kept_all: List[Placed] = []
-    for option, counts in zip(options, chosen):
-        found = option.option(dict(zip(single, counts)))
-        assert found is not None
-        kept_all += found[0]
-        for role, sets in found[1].items():
-            fresh[role] += [(rank[role].get(option.host.name, 0), option.host.name, gpus) for gpus in sets]
-    result += kept_all
-    for role in single:
-        names = _names(role, [w for w in kept_all if w.role == role], len(fresh[role]))
-        result += [Placed(name, role, ((host, gpus),)) for name, (_, host, gpus) in zip(names, sorted(fresh[role]))]
-    if any(worker not in result for worker in pinned):
+    states: _States = {tuple(0 for _ in roles): ((0, 0), ())}
+    for span, members in _blocks(hosts, today.spans):
+        stays: _States = {}
+        if span is not None:
+            takes = tuple(shape[role].nodes * (role == span.role) for role in roles)
+            cost = sum(h.order.get(span.role, 0) for h in members)
+            stays = _fold(states, [_Choice(takes, (span,), (), cost)], targets)
+        if span is None or span not in today.pinned:
+            for host in members:
+                states = _fold(states, _choices(host, roles, shape, list(wanted.values()), today.on[host.name]), targets)
+        else:
+            states = {}
+        for key, reached in stays.items():
+            if key not in states or reached[0] > states[key][0]:
+                states[key] = reached
+    if tuple(targets) not in states:
         return None
+    path = states[tuple(targets)][1]
+    kept: List[Placed] = []
+    fresh: Dict[str, List[Tuple[int, str, Tuple[int, ...]]]] = {role: [] for role in roles}
+    order = {h.name: h.order for h in hosts}
+    while path:
+        path, choice = path
+        kept += choice.kept
+        for role, host_name, gpus in choice.new:
+            fresh[role].append((order[host_name].get(role, 0), host_name, gpus))
+    result = list(kept)
+    for role, rows in fresh.items():
+        ranks = [(host_name, gpus) for _, host_name, gpus in sorted(rows)]
+        workers = [tuple(ranks[i : i + shape[role].nodes]) for i in range(0, len(ranks), shape[role].nodes)]
+        names = _names(role, [w for w in kept if w.role == role], len(workers))
+        result += [Placed(name, role, worker) for name, worker in zip(names, workers)]
     return sorted(result, key=lambda w: (w.role != "prefill", w.role, _index(w)))
 
 
@@ -265,22 +290,33 @@ def place(ratio: Ratio, shape: Mapping[str, RoleShape], hosts: Sequence[Host], c
     raise UserError("\n".join(lines))
 
 
+def _frontier(
+    roles: Sequence[str], shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]
+) -> Dict[int, int]:
+    """Return workers of the first role -> the most of the second that fit beside them (0 where there is no second)."""
+    today = _Today(roles, shape, hosts, current)
+    if not today.possible:
+        return {}
+    best: Dict[int, int] = {0: 0}
+    for span, members in _blocks(hosts, [w for w in today.spans if w in today.pinned]):
+        if span is not None:
+            rows = [[_Choice(tuple(shape[role].nodes * (role == span.role) for role in roles))]]
+        else:
+            rows = [_choices(h, roles, shape, [len(h.all_gpus)] * len(roles), today.on[h.name] if h.frozen else []) for h in members]
+        for choices in rows:
+            following: Dict[int, int] = {}
+            for first, second in best.items():
+                for choice in choices:
+                    key, more = first + choice.takes[0], second + sum(choice.takes[1:])
+                    following[key] = max(more, following.get(key, 0))
+            best = following
+    nodes = [shape[role].nodes for role in roles]
+    return {first // nodes[0]: second // nodes[-1] for first, second in sorted(best.items()) if first % nodes[0] == 0}
+
+
 def fitting_ratios(shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]) -> List[str]:
     """Return the largest ratios that fit, at most nine: for some N the NpMd with the largest M, and the largest Nagg."""
-    total = sum(len(h.all_gpus) for h in hosts)
-
-    def largest(make: Callable[[int], Ratio]) -> int:
-        """Return the largest n from 0 on for which ``make(n)`` fits (what fits still fits with a worker less)."""
-        low, high = 0, total
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if attempt(make(middle), shape, hosts, current) is not None else (low, middle - 1)
-        return low
-
-    most = largest(lambda n: Ratio(prefill=n, decode=1))
-    samples = 8 if total <= 64 else 3
-    found: Dict[int, int] = {}
-    for prefill in sorted({max(1, round(most * (i + 1) / samples)) for i in range(samples)}) if most else []:
-        found[prefill] = largest(lambda n, p=prefill: Ratio(prefill=p, decode=n))  # type: ignore[misc]
-    replicas = largest(lambda n: Ratio(aggregated=n))
-    return [f"{p}p{d}d" for p, d in found.items()] + ([str(Ratio(aggregated=replicas))] if replicas else [])
+    pairs = [(p, d) for p, d in _frontier(("prefill", "decode"), shape, hosts, current).items() if p and d]
+    some = sorted({max(0, round(len(pairs) * (i + 1) / 8) - 1) for i in range(8)}) if pairs else []
+    replicas = max(_frontier(("aggregated",), shape, hosts, current), default=0)
+    return [f"{pairs[i][0]}p{pairs[i][1]}d" for i in some] + ([str(Ratio(aggregated=replicas))] if replicas else [])

@@ -1,0 +1,169 @@
+"""Real SGLang on this machine's CPU, deployed, compared, benchmarked and torn down by the verbs as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from local.conftest import REPO, Checkout, Play
+from real import helpers
+
+from pdlib import processes
+
+OUTPUT_TOKENS = 16
+LENGTHS = (5, 17, 64, 128, 200, 333, 500, 700, 1000, 1500)
+KEY = "real-3ngine-key"
+
+
+class Real:
+    """A checkout in which inventory/local-sglang is deployed; installs and model are those of the repository."""
+
+    def __init__(self, checkout: Checkout):
+        self.checkout = checkout
+        base = checkout.router_port
+        extra = {
+            "router_port": base,
+            "router_prometheus_port": base + 1,
+            "worker_port_base": base + 2,
+            "bootstrap_port_base": base + 20,
+            "install_dir": REPO / ".pd" / "install",
+            "model": REPO / ".pd" / "tiny-model",
+            "api_key": KEY,
+        }
+        self.options = [item for name, value in extra.items() for item in ("-e", f"{name}={value}")]
+
+    def play(self, verb: str, *arguments: str) -> Play:
+        return self.checkout.play(verb, "-i", "inventory/local-sglang", *self.options, *arguments, timeout=800)
+
+    def plan(self) -> dict[str, Any]:
+        """The deployed plan."""
+        content: dict[str, Any] = json.loads((self.checkout.state("cpu") / "plan.json").read_text())
+        return content
+
+    def greedy(self, prompts: list[list[int]]) -> list[list[int]]:
+        return helpers.greedy(self.checkout.url, prompts, OUTPUT_TOKENS, api_key=KEY)
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Real]:
+    """1p1d, deployed."""
+    if not (REPO / ".pd" / "tiny-model" / "config.json").exists():
+        pytest.skip("no model: make tiny-model")
+    folder = Path(tempfile.mkdtemp(prefix="pd-real-"))
+    made = Real(Checkout(folder))
+    try:
+        made.play("deploy_pd.yml").good()
+        yield made
+    finally:
+        made.play("teardown.yml")
+        processes.kill([int(line.split()[0]) for line in made.checkout.processes()], 5)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def answers(real: Real) -> list[list[int]]:
+    """What prefill and decode say together to the prompts of `prompts`."""
+    return real.greedy(helpers.prompts(LENGTHS, seed=1))
+
+
+def test_it_is_the_real_engine_over_mooncake(real: Real) -> None:
+    roles = {}
+    for worker in real.plan()["workers"]:
+        info = json.loads(helpers.get(worker["url"] + "/server_info", KEY))
+        assert info["version"] == real.plan()["engine_version"]
+        assert info["disaggregation_transfer_backend"] == "mooncake"
+        roles[worker["name"]] = info["disaggregation_mode"]
+    assert roles == {"prefill-0": "prefill", "decode-0": "decode"}
+
+
+def test_every_prompt_s_kv_cache_is_moved_once(real: Real) -> None:
+    urls = {worker["role"]: worker["url"] for worker in real.plan()["workers"]}
+    before = {role: helpers.counters(url) for role, url in urls.items()}
+    real.greedy(helpers.prompts(LENGTHS, seed=2))
+    after = {role: helpers.counters(url) for role, url in urls.items()}
+
+    def moved(role: str, name: str) -> float:
+        return helpers.counter(after[role], f"sglang:{name}") - helpers.counter(before[role], f"sglang:{name}")
+
+    assert moved("prefill", "num_requests_total") == moved("decode", "num_requests_total") == len(LENGTHS)
+    assert moved("prefill", "prompt_tokens_total") == sum(LENGTHS)
+    assert moved("prefill", "cached_tokens_total") == 0
+    assert moved("decode", "generation_tokens_total") == OUTPUT_TOKENS * len(LENGTHS)
+    assert moved("prefill", "kv_transfer_total_mb_count") == len(LENGTHS)
+    mebibytes = sum(LENGTHS) * helpers.KV_BYTES_PER_TOKEN / 2**20
+    assert moved("prefill", "kv_transfer_total_mb_sum") == pytest.approx(mebibytes, rel=1e-6)
+    assert moved("decode", "num_transfer_failed_reqs_total") == moved("prefill", "num_bootstrap_failed_reqs_total") == 0
+
+
+def test_an_answer_depends_on_the_start_of_its_prompt(real: Real, answers: list[list[int]]) -> None:
+    """Otherwise equal answers would not show that the KV cache of the whole prompt arrived."""
+    changed = [
+        [*other[: max(1, len(prompt) // 10)], *prompt[max(1, len(prompt) // 10) :]]
+        for prompt, other in zip(helpers.prompts(LENGTHS, seed=1), helpers.prompts(LENGTHS, seed=3), strict=True)
+    ]
+    assert len(helpers.differences(answers, real.greedy(changed))) >= len(LENGTHS) - 1
+
+
+def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None:
+    load = {
+        "bench_api": "generate",
+        "bench_trace": "tests/data/mooncake_excerpt.jsonl",
+        "bench_length_scale": 0.05,
+        "bench_max_input_len": 1500,
+        "bench_max_output_len": 24,
+        "bench_concurrency": "2,4",
+        "bench_num_requests": 24,
+    }
+    real.play(
+        "bench.yml", "-e", "ratio=1p1d", *(item for pair in load.items() for item in ("-e", "=".join(map(str, pair))))
+    ).good()
+    run = real.checkout.folder / "results" / "latest"
+    assert json.loads((run / "validity.json").read_text())["valid"] is True
+    points = json.loads((run / "summary.json").read_text())["points"]
+    assert [(point["concurrency"], point["completed"], point["failed"]) for point in points] == [(2, 24, 0), (4, 24, 0)]
+    requests = pd.read_parquet(run / "requests.parquet")
+    assert requests.prompt_tokens.nunique() > 12
+    assert (requests.cached_tokens == 0).all()
+    for point in json.loads((run / "evidence.json").read_text())["points"]:
+        sent = requests[requests.point == point["point"]]
+        ends = [point[end]["workers"]["prefill-0"]["metrics"] for end in ("before", "after")]
+        moved = [helpers.counter(metrics, "sglang:kv_transfer_total_mb_sum") for metrics in ends]
+        mebibytes = int(sent.prompt_tokens.sum()) * helpers.KV_BYTES_PER_TOKEN / 2**20
+        assert moved[1] - moved[0] == pytest.approx(mebibytes, rel=1e-6)
+    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_the_key_stands_nowhere(real: Real) -> None:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            try:
+                text = (folder / name).read_bytes()
+            except OSError:
+                continue
+            # the command of this very test's ansible-playbook is the user's own
+            if KEY.encode() in text and b"ansible-playbook" not in text:
+                found.append(f"{folder / name}")
+    assert found == []
+    logs = list((real.checkout.state("cpu") / "log").iterdir())
+    assert any("api_key': '***'" in path.read_text(errors="replace") for path in logs)
+    assert not [path for path in logs if KEY.encode() in path.read_bytes()]
+
+
+def test_an_aggregated_server_gives_the_same_answers(real: Real, answers: list[list[int]]) -> None:
+    real.play("deploy_pd.yml", "-e", "ratio=agg").good()
+    assert [worker["role"] for worker in real.plan()["workers"]] == ["aggregated"]
+    assert helpers.differences(answers, real.greedy(helpers.prompts(LENGTHS, seed=1))) == []
+
+
+def test_teardown_leaves_nothing(real: Real) -> None:
+    real.play("teardown.yml").good()
+    assert real.checkout.processes() == []
+    assert real.checkout.bound() == set()
+    assert not real.checkout.state("cpu").exists()
