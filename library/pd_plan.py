@@ -39,7 +39,6 @@ pd_hosts:
 pd_owner: {description: Who runs this command., returned: always, type: dict, sample: {pid: 4711, verb: deploy}}
 pd_settings: {description: "The deployment's variables, typed and without secrets.", returned: always, type: dict, sample: {purge: false}}
 pd_live_pids: {description: Processes of the controller that may hold a lock., returned: always, type: list, elements: int, sample: [4711]}
-pd_current: {description: The deployed plan that this one starts from., returned: always, type: dict, sample: {ratio: 2p2d}}
 pd_units: {description: "By host, its services.", returned: unless C(verb=teardown), type: dict, sample: {n1: [{name: pd-prefill-0}]}}
 pd_leaving:
   description: Workers of the deployed plan that stop or start anew.

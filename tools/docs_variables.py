@@ -32,6 +32,7 @@ _TYPES = {
     "gpus": "count, list of indices, or `auto`",
     "span": "`512`, or `256-1024`",
 }
+_SECRET = " Secret: never in a plan, a service's command line or a log."
 _HEAD = """\
 # Variables
 
@@ -65,9 +66,7 @@ def page() -> str:
         lines += ["| name | type | default | unit | choices | meaning |", "|---|---|---|---|---|---|"]
         for variable in VARIABLES.values():
             if variable.scope == scope:
-                meaning = variable.doc + (
-                    " Secret: never in a plan, a service's command line or a log." if variable.secret else ""
-                )
+                meaning = variable.doc + (_SECRET if variable.secret else "")
                 name, kind = f"`{variable.name}`", _TYPES[variable.type]
                 cells = [name, kind, _default(variable), variable.unit, _allowed(variable), meaning]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

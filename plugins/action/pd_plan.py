@@ -34,7 +34,7 @@ class ActionModule(ActionBase):
     _VALID_ARGS = frozenset({"verb", "discovered", "show"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the plan and what is derived from it as facts."""
+        """Return the plan and what is derived from it; plays register it as `__pd_planned` (playbooks/vars/derived.yml)."""
         super().run(tmp, task_vars)
         try:
             return self._run(task_vars or {})
@@ -92,8 +92,7 @@ class ActionModule(ActionBase):
             facts["pd_bench"] = bench_spec.client(cluster, groups["bench_clients"][0], by_host, str(ROOT))
         facts["pd_settings"] = {k: v for k, v in cluster.items() if not VARIABLES[k].secret}
         facts["pd_live_pids"] = [p.pid for p in processes.all_processes() if "ansible" in p.command]
-        facts["pd_current"] = current or {}
-        result: dict[str, Any] = {"changed": False, "ansible_facts": facts}
+        result: dict[str, Any] = {"changed": False, **facts}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result

@@ -93,7 +93,7 @@ class ActionModule(ActionBase):
             return done.stdout.strip() if done.returncode == 0 else ""
 
         hosts = {}
-        for host, entry in task_vars["pd_plan"]["hosts"].items():
+        for host, entry in task_vars["__pd_planned"]["pd_plan"]["hosts"].items():
             hosts[host] = {**entry, "found": task_vars["hostvars"][host].get("__pd_found", {}).get("found", {})}
         return {
             "schema": 1,
@@ -107,8 +107,8 @@ class ActionModule(ActionBase):
                 "pdbench": version("pdbench") if importlib.util.find_spec("pdbench") else "",
                 "ansible-core": version("ansible-core"),
                 "python": platform.python_version(),
-                "engine": f"{task_vars['pd_plan']['engine']} {task_vars['pd_plan']['engine_version']}",
-                "router": f"{task_vars['pd_plan']['router']['name']} {task_vars['pd_plan']['router']['version']}",
+                "engine": f"{task_vars['__pd_planned']['pd_plan']['engine']} {task_vars['__pd_planned']['pd_plan']['engine_version']}",
+                "router": f"{task_vars['__pd_planned']['pd_plan']['router']['name']} {task_vars['__pd_planned']['pd_plan']['router']['version']}",
             },
             "git": {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()},
             "hosts": hosts,
@@ -116,7 +116,7 @@ class ActionModule(ActionBase):
 
     def _report(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
         folder = results / bench["run_id"]
-        plan, settings = task_vars["pd_plan"], task_vars["pd_settings"]
+        plan, settings = task_vars["__pd_planned"]["pd_plan"], task_vars["__pd_planned"]["pd_settings"]
         made = manifest.make(plan, settings, self._about(task_vars, bench))
         (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
         logs = folder / "logs"

@@ -33,18 +33,19 @@ class ActionModule(ActionBase):
         """Print; change nothing."""
         super().run(tmp, task_vars)
         variables = task_vars or {}
+        planned = variables["__pd_planned"]
         rows = []
         for host in variables["ansible_play_hosts_all"]:
             done = variables["hostvars"][host].get("__pd_units", {}).get("changes")
             rows.append([host, "; ".join(done or []) or "nothing to do"])
         verb = self._task.args["verb"]
         if verb != "teardown" and not self._task.check_mode:
-            self._keep_copy(variables)
-        plan = variables.get("pd_plan") or {}
+            self._keep_copy(planned)
+        plan = planned["pd_plan"]
         text = tables.table(["host", "what happened"], rows)
         if plan:
             members = variables.get("__pd_router", {})
-            changes = [f"let go of {name}" for name in variables.get("pd_leaving", [])] + members.get("changes", [])
+            changes = [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
             text += "".join(f"\nrouter: {change}" for change in changes)
             pairs = members.get("pairs") or []
             if pairs:
@@ -56,8 +57,8 @@ class ActionModule(ActionBase):
         return {"changed": False}
 
     @staticmethod
-    def _keep_copy(variables: dict[str, Any]) -> None:
+    def _keep_copy(planned: dict[str, Any]) -> None:
         """Keep a copy of the deployed plan on the controller, for planning without contact."""
-        path = Path(variables["pd_owner"]["plan_copy"])
+        path = Path(planned["pd_owner"]["plan_copy"])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(json.dumps(variables["pd_plan"], indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(planned["pd_plan"], indent=1, sort_keys=True) + "\n")

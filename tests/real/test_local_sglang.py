@@ -110,23 +110,38 @@ def test_an_answer_depends_on_the_start_of_its_prompt(real: Real, answers: list[
     assert len(helpers.differences(answers, real.greedy(changed))) >= len(LENGTHS) - 1
 
 
+def bench(real: Real, load: dict[str, object]) -> Path:
+    """The folder of a valid run.
+
+    Engine and client share the machine's cores. Where these are busy otherwise the gate rightly refuses a run in which the
+    client was kept from its work; that, and nothing else, is tried again.
+    """
+    options = [item for name, value in load.items() for item in ("-e", f"{name}={value}")]
+    for _ in range(3):
+        play = real.play("bench.yml", "-e", "ratio=1p1d", *options)
+        run = real.checkout.folder / "results" / "latest"
+        verdict = json.loads((run / "validity.json").read_text())
+        assert verdict["valid"] is (play.code == 0), play.text[-4000:]
+        faults = [check for check in verdict["checks"] if not check["ok"]]
+        if not faults:
+            return run
+        assert {check["id"] for check in faults} <= {"client-loop", "client-on-time", "client-load"}, faults
+    pytest.fail(f"the machine was too busy for a valid run, three times: {faults}")
+
+
 def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None:
-    load = {
+    load: dict[str, object] = {
         "bench_api": "generate",
         "bench_trace": "tests/data/mooncake_excerpt.jsonl",
-        "bench_length_scale": 0.05,
+        "bench_length_scale": 0.03,
         "bench_max_input_len": 1500,
         "bench_max_output_len": 24,
-        "bench_concurrency": "2,4",
+        "bench_concurrency": "1,2",
         "bench_num_requests": 24,
     }
-    real.play(
-        "bench.yml", "-e", "ratio=1p1d", *(item for pair in load.items() for item in ("-e", "=".join(map(str, pair))))
-    ).good()
-    run = real.checkout.folder / "results" / "latest"
-    assert json.loads((run / "validity.json").read_text())["valid"] is True
+    run = bench(real, load)
     points = json.loads((run / "summary.json").read_text())["points"]
-    assert [(point["concurrency"], point["completed"], point["failed"]) for point in points] == [(2, 24, 0), (4, 24, 0)]
+    assert [(point["concurrency"], point["completed"], point["failed"]) for point in points] == [(1, 24, 0), (2, 24, 0)]
     requests = pd.read_parquet(run / "requests.parquet")
     assert requests.prompt_tokens.nunique() > 12
     assert (requests.cached_tokens == 0).all()

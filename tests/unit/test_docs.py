@@ -14,7 +14,7 @@ import ansible.module_utils
 import pytest
 import yaml
 from ansible.module_utils import basic
-from jinja2 import Environment, meta
+from jinja2 import Environment, nodes
 
 from pdlib.variables import SCOPES, VARIABLES
 
@@ -45,9 +45,8 @@ class Made(Exception):
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module as Ansible imports it: with our module_utils among Ansible's."""
-    monkeypatch.setattr(
-        ansible.module_utils, "__path__", [*ansible.module_utils.__path__, str(REPO / "library" / "module_utils")]
-    )
+    ours = str(REPO / "library" / "module_utils")
+    monkeypatch.setattr(ansible.module_utils, "__path__", [*ansible.module_utils.__path__, ours])
     spec = importlib.util.spec_from_file_location(f"library_{name}", REPO / "library" / f"{name}.py")
     assert spec
     assert spec.loader
@@ -71,9 +70,9 @@ def declared(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def shape(option: dict[str, Any]) -> dict[str, Any]:
-    """What documentation and code must agree on; ansible-doc shows every default as JSON would hold it."""
-    names = ("type", "elements", "choices", "required", "default")
-    return {name: option[name] for name in names if option.get(name) not in (None, False)}
+    """What documentation and code must agree on."""
+    given = {name: option[name] for name in ("type", "elements", "choices", "default") if option.get(name) is not None}
+    return {**given, "required": bool(option.get("required"))}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -137,13 +136,10 @@ def read_by(role: str, file: str) -> set[str]:
 
     Left out: what Ansible sets, what tasks register, loop variables, and what is handed to an included file.
     """
-    environment = Environment()
-    # Ansible's tests and filters are not Jinja's own, and only names matter here
-    environment.filters = dict.fromkeys(set(environment.filters) | {"flatten", "dirname", "bool"}, str)
     names: set[str] = set()
     for task in yaml.safe_load((REPO / "roles" / role / "tasks" / f"{file}.yml").read_text()):
         for text in templates({k: v for k, v in task.items() if k not in ("name", "loop_control")}):
-            names |= meta.find_undeclared_variables(environment.parse(text))
+            names |= {found.name for found in Environment().parse(text).find_all(nodes.Name)}
         for keyword in ("ansible.builtin.include_tasks", "ansible.builtin.import_tasks"):
             if keyword in task:
                 names |= read_by(role, task[keyword].removesuffix(".yml"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ OWNED = {"port": "worker_port_base", "tp-size": "tensor_parallel_size"}
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[flags.FlagTable]:
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flags.FlagTable:
     write_flag_tables(tmp_path)
     monkeypatch.setattr(flags, "_FOLDER", tmp_path)
-    yield flags.load("sglang", "0.5.23")
+    return flags.load("sglang", "0.5.23")
 
 
 def canonical(table: flags.FlagTable, **args: Any) -> dict[str, Any]:

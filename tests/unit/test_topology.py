@@ -423,5 +423,5 @@ def test_a_large_cluster_is_placed_and_the_message_made_in_reasonable_time() -> 
     current = place(Ratio(40, 24), one_each(4), hosts, [])
     made = place(Ratio(32, 32), one_each(4), hosts, rng.sample(current, len(current)))
     assert len(set(made) & set(current)) == 56
-    with pytest.raises(UserError, match="ratios that fit: 8p56d, .*, 64agg"):
+    with pytest.raises(UserError, match=r"ratios that fit: 8p56d, .*, 64agg"):
         place(Ratio(50, 16), one_each(4), hosts, current)
