@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -77,7 +78,7 @@ def make(
     where = client(cluster, clients[0], hosts, root)
     for rate in cluster["bench_request_rate"] or []:
         try:
-            good = float(rate) > 0
+            good = 0 < float(rate) < math.inf
         except (TypeError, ValueError):
             good = False
         if not good:
@@ -88,6 +89,8 @@ def make(
         if not path.is_file():
             raise UserError(f"bench_trace={trace}: there is no such file on the controller")
         trace = str(path)
+    if not cluster["bench_request_rate"] and not cluster["bench_concurrency"]:
+        raise UserError("bench_concurrency is empty: give requests in flight such as 32 or 32,64, or bench_request_rate")
     points = len(cluster["bench_request_rate"] or cluster["bench_concurrency"])
     tokens = cluster["bench_max_output_len"] or (1000 if trace else _longest(cluster["bench_output_len"]))
     needed = points * cluster["bench_num_requests"] * (_BYTES_PER_REQUEST + tokens * _BYTES_PER_TOKEN)

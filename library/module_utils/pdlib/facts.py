@@ -12,9 +12,12 @@ Json = Dict[str, Any]
 
 
 def parse_gpus(text: str) -> List[Json]:
-    """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits`` (MiB)."""
+    """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits``.
+
+    ``memory_mib`` is 0 for a GPU that shares the host's memory and says ``[N/A]``.
+    """
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
-    return [{"index": int(row[0]), "name": row[1], "memory_mib": int(row[2])} for row in rows]
+    return [{"index": int(row[0]), "name": row[1], "memory_mib": int(row[2]) if row[2].isdigit() else 0} for row in rows]
 
 
 def gpus() -> List[Json]:

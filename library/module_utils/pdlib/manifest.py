@@ -17,7 +17,8 @@ def make(plan: Mapping[str, Any], settings: Mapping[str, Any], about: Mapping[st
     variables: Json = {}
     for name, value in settings.items():
         row = VARIABLES[name]
-        if row.scope in (CLUSTER, BENCH) and not row.secret and value is not None and value != row.default:
+        # Defaults and unset values stand in it, too: the inventory may say something else by the time it is run again.
+        if row.scope in (CLUSTER, BENCH) and not row.secret:
             variables[name] = value
     variables.update(plan["overrides"])
     variables["ratio"] = plan["ratio"]

@@ -1,0 +1,74 @@
+"""Facts of a host, from fabricated sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdlib import facts
+
+
+def test_gpus_are_parsed() -> None:
+    text = "0, NVIDIA H200, 143771\n1, NVIDIA GH200 480GB, 97871\n\n"
+    assert facts.parse_gpus(text) == [
+        {"index": 0, "name": "NVIDIA H200", "memory_mib": 143771},
+        {"index": 1, "name": "NVIDIA GH200 480GB", "memory_mib": 97871},
+    ]
+    assert facts.parse_gpus("") == []
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_still_one() -> None:
+    assert facts.parse_gpus("0, NVIDIA GB10, [N/A]\n") == [{"index": 0, "name": "NVIDIA GB10", "memory_mib": 0}]
+
+
+def device(root: Path, name: str, *ports: tuple[str, str]) -> None:
+    for number, (state, layer) in enumerate(ports, 1):
+        folder = root / name / "ports" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state + "\n")
+        (folder / "link_layer").write_text(layer + "\n")
+
+
+def test_rdma_devices_with_state_and_fabric(tmp_path: Path) -> None:
+    device(tmp_path, "mlx5_0", ("4: ACTIVE", "InfiniBand"))
+    device(tmp_path, "mlx5_1", ("4: ACTIVE", "Ethernet"))
+    device(tmp_path, "mlx5_2", ("1: DOWN", "InfiniBand"))
+    device(tmp_path, "mlx5_3", ("1: DOWN", "InfiniBand"), ("4: ACTIVE", "Ethernet"))
+    (tmp_path / "mlx5_4").mkdir()
+    (tmp_path / "mlx5_5" / "ports" / "1").mkdir(parents=True)
+    assert facts.rdma(tmp_path) == {
+        "mlx5_0": {"port": 1, "state": "ACTIVE", "fabric": "infiniband"},
+        "mlx5_1": {"port": 1, "state": "ACTIVE", "fabric": "roce"},
+        "mlx5_2": {"port": 1, "state": "DOWN", "fabric": "infiniband"},
+        "mlx5_3": {"port": 2, "state": "ACTIVE", "fabric": "roce"},
+    }
+    assert facts.rdma(tmp_path / "absent") == {}
+
+
+def tool(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/sh\n" + text)
+    (folder / name).chmod(0o755)
+
+
+def test_gather_asks_the_hosts_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, "nvidia-smi", "echo '0, NVIDIA A100, 81920'; echo '3, NVIDIA A100, 81920'\n")
+    rows = "1: lo    inet 127.0.0.1/8 scope host lo\\n2: eth0    inet6 ::1/128 scope global"
+    tool(tmp_path, "ip", f"printf '{rows}\\n'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = facts.gather(True)
+    assert found["gpus"] == [0, 3]
+    assert found["gpu_cards"][1]["memory_mib"] == 81920
+    assert found["addresses"] == ["127.0.0.1", "::1"]
+    assert found["service_manager"] in ("systemd", "supervisord")
+    assert isinstance(found["rdma"], dict)
+    assert set(facts.gather(False)) == {"service_manager", "addresses"}
+
+
+def test_a_host_without_tools_or_with_a_broken_driver_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.gather(True)["gpus"] == []
+    assert "addresses" not in facts.gather(True)
+    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9\n")
+    assert facts.gpus() == []
