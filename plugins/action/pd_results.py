@@ -92,8 +92,8 @@ class ActionModule(ActionBase):
             done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
             return done.stdout.strip() if done.returncode == 0 else ""
 
-        hosts = {}
-        for host, entry in task_vars["__pd_planned"]["pd_plan"]["hosts"].items():
+        plan, hosts = task_vars["__pd_planned"]["pd_plan"], {}
+        for host, entry in plan["hosts"].items():
             hosts[host] = {**entry, "found": task_vars["hostvars"][host].get("__pd_found", {}).get("found", {})}
         return {
             "schema": 1,
@@ -107,8 +107,8 @@ class ActionModule(ActionBase):
                 "pdbench": version("pdbench") if importlib.util.find_spec("pdbench") else "",
                 "ansible-core": version("ansible-core"),
                 "python": platform.python_version(),
-                "engine": f"{task_vars['__pd_planned']['pd_plan']['engine']} {task_vars['__pd_planned']['pd_plan']['engine_version']}",
-                "router": f"{task_vars['__pd_planned']['pd_plan']['router']['name']} {task_vars['__pd_planned']['pd_plan']['router']['version']}",
+                "engine": f"{plan['engine']} {plan['engine_version']}",
+                "router": f"{plan['router']['name']} {plan['router']['version']}",
             },
             "git": {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()},
             "hosts": hosts,

@@ -52,7 +52,8 @@ class ActionModule(ActionBase):
                 slowest = max(pair["seconds"] for pair in pairs)
                 what = "prefill-decode pairs serve" if plan["pairs"] else "workers serve"
                 text += f"\n{len(pairs)} of {len(pairs)} {what} (slowest first answer {slowest:.2f} s)"
-            text += f"\n{'would be ready' if self._task.check_mode else 'ready'}: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
+            when = "would be ready" if self._task.check_mode else "ready"
+            text += f"\n{when}: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}
 

@@ -151,7 +151,7 @@ def test_systemd_reads_back_the_environment(env: dict[str, str]) -> None:
 
 @given(ARGS, ENV)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("folder", ["state", "it's $HOME %n \"here\" "])
+@pytest.mark.parametrize("folder", ["state", 'it\'s $HOME %n "here" '])
 def test_the_script_runs_exactly_the_argv_in_exactly_the_environment(
     tmp_path: Path, folder: str, args: list[str], env: dict[str, str]
 ) -> None:

@@ -302,7 +302,9 @@ def _frontier(
         if span is not None:
             rows = [[_Choice(tuple(shape[role].nodes * (role == span.role) for role in roles))]]
         else:
-            rows = [_choices(h, roles, shape, [len(h.all_gpus)] * len(roles), today.on[h.name] if h.frozen else []) for h in members]
+            rows = [
+                _choices(h, roles, shape, [len(h.all_gpus)] * len(roles), today.on[h.name] if h.frozen else []) for h in members
+            ]
         for choices in rows:
             following: Dict[int, int] = {}
             for first, second in best.items():
