@@ -36,7 +36,7 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-real: setup-dev tiny-model
 	$(BIN)/pytest tests/real -o timeout=900

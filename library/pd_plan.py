@@ -7,8 +7,9 @@ DOCUMENTATION = r"""
 module: pd_plan
 short_description: Check everything the user wrote and make the plan
 description:
-  - Reads extra-vars, C(--limit) and the inventory on the controller, refuses what cannot work, and places the workers. What
-    is in RETURN becomes facts of every host of the play. Contacts no host.
+  - Reads extra-vars, C(--limit) and the inventory on the controller, refuses what cannot work, and places the workers.
+    Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
+    C(playbooks/vars/derived.yml).
 options:
   verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, plan, teardown], required: true}
   discovered:
@@ -27,6 +28,7 @@ EXAMPLES = r"""
 - name: Variables, limit, placement
   pd_plan: {verb: deploy}
   run_once: true
+  register: __pd_planned
 """
 
 RETURN = r"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,11 @@ def wheel(root: Path) -> Path:
             for old in dist.glob("*/"):
                 shutil.rmtree(old)
             command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", str(folder)]
-            done = subprocess.run([*command, str(bench)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            # One source, one wheel: hosts that have it are left alone whichever checkout deploys to them.
+            env = {**os.environ, "SOURCE_DATE_EPOCH": "946684800"}
+            done = subprocess.run(
+                [*command, str(bench)], env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+            )
             if done.returncode:
                 raise AnsibleActionFail(f"pdbench's wheel could not be built:\n{done.stderr.strip()[-2000:]}")
     return next(folder.glob("*.whl"))

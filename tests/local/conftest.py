@@ -26,7 +26,8 @@ ADDRESSES = ("127.0.0.1", "127.0.0.2")
 
 def free_base(count: int, start: int) -> int:
     """A port from which ``count`` are free on both of the default inventory's addresses."""
-    base = start + (os.getpid() * 37) % 2000
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    base = start + 3000 * worker + (os.getpid() * 37) % 1000
     while True:
         ports = range(base, base + count)
         if not processes.taken_ports([(address, port) for address in ADDRESSES for port in ports]):
@@ -61,7 +62,12 @@ class Checkout:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target, follow_symlinks=False)
-        base = free_base(40, 23000)
+        # Installs are shared by all copies, and kept: what is tested is that a deploy finds or makes them.
+        hosts = folder / "inventory" / "local" / "hosts.yml"
+        own = '"{{ inventory_dir | dirname | dirname }}/.pd/install"'
+        assert own in hosts.read_text()
+        hosts.write_text(hosts.read_text().replace(own, str(REPO / ".pd" / "test" / "verbs")))
+        base = free_base(40, 20000)
         self.router_port, self.worker_port = base, base + 2
         with open(folder / "group_vars" / "all.yml", "a") as file:
             file.write(f"router_port: {base}\nrouter_prometheus_port: {base + 1}\n")

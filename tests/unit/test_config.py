@@ -100,7 +100,7 @@ def test_an_inventory_wins_over_group_vars_and_extra_vars_win_over_both(checkout
     hosts = checkout / "inventory" / "local" / "hosts.yml"
     inventory = yaml.safe_load(hosts.read_text())
     inventory["all"]["vars"].update(router_port=9002, worker_port_base=9012)
-    hosts.write_text(yaml.safe_dump(inventory))
+    hosts.write_text(yaml.safe_dump(inventory, sort_keys=False))
     add(checkout / "inventory" / "local" / "host_vars" / "gh200.yml", {"engine_env": {"FROM": "host_vars"}})
     done = run(checkout, "ansible-playbook", playbook, "-e", "worker_port_base=9013", "-e", "plan_dir=out", "-e", "ratio=1p1d")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -177,6 +177,15 @@ def test_an_argument_spec_lists_what_the_tasks_read(role: str, entry: str) -> No
         assert option.get("required") or option.get("no_log"), f"{name} is neither needed nor a secret that may be missing"
 
 
+def test_what_the_plan_returns_is_documented_and_reaches_roles_under_the_same_names(rendered: Any) -> None:
+    derived = yaml.safe_load((REPO / "playbooks" / "vars" / "derived.yml").read_text())
+    assert derived == {name: f"{{{{ __pd_planned.{name} }}}}" for name in derived}
+    made = set(re.findall(r'"(pd_\w+)"', (REPO / "plugins" / "action" / "pd_plan.py").read_text()))
+    assert set(derived) == set(rendered["pd_plan"]["return"]) == made
+    taken = {name for role in ROLES for spec in specified(role).values() for name in spec["options"]}
+    assert taken - {"api_key", "preflight_verb"} <= set(derived)
+
+
 def test_the_reader_of_task_files_sees_names_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "roles" / "x" / "tasks"
     folder.mkdir(parents=True)

@@ -38,7 +38,7 @@ def cluster_of(made: dict[str, Any], inventory: dict[str, Any]) -> dict[str, Any
 @given(st.sets(st.sampled_from(sorted(CHANGES))), st.sets(st.sampled_from(sorted(CHANGES))))
 def test_a_manifest_as_extra_vars_gives_the_same_settings(chosen: set[str], elsewhere: set[str]) -> None:
     """Also when the inventory has changed since: what the run had wins."""
-    given_in = inputs({"n1": host(1)}, **{"ratio": "1p1d", **{name: CHANGES[name] for name in chosen}})
+    given_in = inputs({"n1": host(1, gpus=8)}, **{"ratio": "1p1d", **{name: CHANGES[name] for name in chosen}})
     made = manifest.make(make_plan(given_in), given_in.cluster, {"git": "abc"})
     made = json.loads(json.dumps(made))
     again = cluster_of(made, {name: CHANGES[name] for name in elsewhere})

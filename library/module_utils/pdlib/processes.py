@@ -69,11 +69,12 @@ def kill(pids: Iterable[int], grace_s: float) -> None:
                 pass
         end = time.monotonic() + wait
         while left and time.monotonic() < end:
-            left = [pid for pid in left if _alive(pid)]
+            left = [pid for pid in left if alive(pid)]
             time.sleep(0.05)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether the process is there and not a zombie."""
     stat = _read(Path(f"/proc/{pid}/stat"))
     return bool(stat) and stat.rpartition(b")")[2].split()[:1] != [b"Z"]
 

@@ -1,0 +1,112 @@
+"""deploy_pd.yml and teardown.yml as typed, against the real router and real supervisord."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+
+from local.conftest import Checkout
+
+from pdlib import processes
+
+LOAD = ("-e", "bench_concurrency=4,8", "-e", "bench_num_requests=24", "-e", "bench_output_len=16")
+
+
+def test_second_deploy_changes_nothing_and_a_ratio_moves_the_fewest(clean: Checkout) -> None:
+    clean.play("deploy_pd.yml").good()
+    before = clean.pids()
+    again = clean.play("deploy_pd.yml").good()
+    assert again.changed == {"gh200": 0, "a100": 0}
+    assert clean.pids() == before
+    clean.play("deploy_pd.yml", "-e", "ratio=2p2d").good()
+    after = clean.pids()
+    assert sorted(after) == ["pd-decode-0", "pd-decode-1", "pd-prefill-0", "pd-prefill-1", "pd-router"]
+    assert {unit: pid for unit, pid in before.items() if unit in after} == {
+        unit: pid for unit, pid in after.items() if unit in before
+    }
+    members = clean.members()
+    assert sorted(role for role, _ in members) == ["decode", "decode", "prefill", "prefill"]
+    # after a crash the router comes back by itself, with the new set
+    os.kill(after["pd-router"], signal.SIGKILL)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if clean.pids().get("pd-router") != after["pd-router"] and clean.members() == members:
+                break
+        except (OSError, KeyError):
+            pass
+        time.sleep(0.5)
+    assert clean.pids()["pd-router"] != after["pd-router"]
+    assert clean.members() == members
+    # bench without a ratio measures what is deployed
+    clean.play("bench.yml", "-e", "bench_num_requests=16", "-e", "bench_output_len=8", "-e", "bench_concurrency=4").good()
+    assert json.loads((clean.folder / "results" / "latest" / "plan.json").read_text())["ratio"] == "2p2d"
+
+
+def test_check_mode_is_truthful_and_touches_nothing(clean: Checkout) -> None:
+    files = clean.files()
+    foretold = clean.play("deploy_pd.yml", "--check", "--diff").good()
+    assert all(count > 0 for count in foretold.changed.values())
+    assert "would start pd-prefill-0" in foretold.text
+    assert clean.processes() == []
+    assert clean.files() - files <= {".pd", ".pd/deployed"}
+    clean.play("deploy_pd.yml").good()
+    before = clean.pids()
+    assert clean.play("deploy_pd.yml", "--check").good().changed == {"gh200": 0, "a100": 0}
+    foretold = clean.play("deploy_pd.yml", "--check", "-e", "ratio=2p2d").good()
+    assert "would stop pd-prefill-2" in foretold.text
+    assert "would start pd-decode-1" in foretold.text
+    clean.play("teardown.yml", "--check").good()
+    assert clean.pids() == before
+
+
+def test_a_taken_port_is_named_with_its_holder(clean: Checkout) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.2", clean.worker_port + 1))
+        sock.listen()
+        failed = clean.play("deploy_pd.yml")
+    assert failed.code != 0
+    assert f"port {clean.worker_port + 1} of 127.0.0.2, which pd-prefill-1 needs, is held by process {os.getpid()}" in failed.text
+    clean.play("deploy_pd.yml").good()
+
+
+def test_a_worker_that_dies_fails_the_deploy_with_its_log(clean: Checkout) -> None:
+    broken = clean.folder / "broken.yml"
+    broken.write_text("prefill_tokens_per_s: nonsense\n")
+    started = time.monotonic()
+    failed = clean.play("deploy_pd.yml", "-e", f"emulated_profile={broken}")
+    assert failed.code != 0
+    assert "died before it was ready" in failed.text
+    assert "broken.yml" in failed.text
+    assert time.monotonic() - started < 100  # ready_timeout of the inventory is 120 s, and it is not waited for
+    broken.unlink()
+    clean.play("deploy_pd.yml").good()
+
+
+def test_teardown_after_a_deploy_killed_half_way(clean: Checkout) -> None:
+    process = clean.start("deploy_pd.yml")
+    end = time.monotonic() + 90
+    while time.monotonic() < end and "pd-prefill-0" not in clean.pids():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    # and a supervisord that was killed leaves its units without a master
+    for entry in processes.ours(str(clean.state("gh200")), "supervisord"):
+        os.kill(entry.pid, signal.SIGKILL)
+    clean.play("teardown.yml").good()
+    assert clean.processes() == []
+    assert clean.bound() == set()
+
+
+def test_purge_removes_the_installs(clean: Checkout) -> None:
+    clean.play("deploy_pd.yml").good()
+    # an install_dir of its own, so that the other tests keep theirs
+    own = clean.folder / ".pd" / "purged"
+    clean.play("teardown.yml").good()
+    own.mkdir()
+    (own / ".pd").write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
+    clean.play("teardown.yml", "-e", "purge=true", "-e", f"install_dir={own}").good()
+    assert not own.exists()

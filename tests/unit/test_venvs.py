@@ -1,0 +1,178 @@
+"""Virtualenvs: made by a small script that stands for Python, and once by the real one."""
+
+from __future__ import annotations
+
+import base64
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlib import processes, venvs
+from pdlib.errors import UserError
+from pdlib.reconcile import Outcome
+
+#: `python -m venv DIR` makes a bin/python that notes what pip is asked for, and fails or waits as the file's text says.
+STUB = """#!/bin/sh
+test "$2" = venv || exit 9
+mkdir -p "$3/bin" && cat > "$3/bin/python" <<'END'
+#!/bin/sh
+for last in "$@"; do :; done
+echo "$@" >> "$(dirname "$0")/asked"
+cat "$last"
+grep -q slow "$last" && sleep 1
+grep -q broken "$last" && exit 1
+exit 0
+END
+chmod +x "$3/bin/python"
+"""
+
+
+class Host:
+    """An install_dir and a state_dir, and the step that a module would call."""
+
+    def __init__(self, folder: Path, state: str = "state"):
+        self.install, self.state = folder / "install it", folder / state
+        self.python = folder / "python"
+        if not self.python.exists():
+            self.python.write_text(STUB)
+            self.python.chmod(0o755)
+
+    def step(self, files: dict[str, str], check: bool = False, resumed: bool = False, name: str = "engine") -> Outcome:
+        rows = [{"name": name, "requirements": list(files)}]
+        encoded = {k.replace("no-deps:", ""): base64.b64encode(v.encode()).decode() for k, v in files.items()}
+        return venvs.step(str(self.install), str(self.state), str(self.python), rows, encoded, check, resumed)
+
+    def finish(self, files: dict[str, str]) -> list[Outcome]:
+        outcomes = [self.step(files)]
+        while not outcomes[-1].done:
+            outcomes.append(self.step(files, resumed=True))
+            assert len(outcomes) < 50
+        return outcomes
+
+    def asked(self) -> list[str]:
+        return (self.install / "engine" / "bin" / "asked").read_text().splitlines()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(venvs, "STEP_S", 5.0)
+    return Host(tmp_path)
+
+
+def test_requirements_are_installed_in_turn_and_stamped(machine: Host) -> None:
+    files = {"requirements/a.txt": "one", "no-deps:requirements/b.txt": "two", "pdbench": "a wheel"}
+    (outcome,) = machine.finish(files)
+    assert outcome.changed == ["made install_dir and state_dir", "installed engine"]
+    words = [line.split(" --disable-pip-version-check ")[1] for line in machine.asked()]
+    folder = f"{machine.install}/engine.install"
+    assert words == [f"-r {folder}/a.txt", f"--no-deps -r {folder}/b.txt", f"--no-deps {folder}/pdbench-0.1.0-py3-none-any.whl"]
+    assert oct((machine.install / ".pd").parent.stat().st_mode)[-3:] == "700"
+
+
+def test_what_is_there_as_wanted_is_left_alone(machine: Host) -> None:
+    machine.finish({"a.txt": "one"})
+    again = machine.step({"a.txt": "one"})
+    assert again.done
+    assert again.changed == []
+    assert len(machine.asked()) == 1
+    (other,) = machine.finish({"a.txt": "two"})
+    assert other.changed == ["installed engine"]
+    assert len(machine.asked()) == 1, "made anew, not on top"
+
+
+def test_check_mode_changes_nothing(machine: Host) -> None:
+    outcome = machine.step({"a.txt": "one"}, check=True)
+    assert (outcome.done, outcome.changed) == (True, ["would install engine"])
+    assert not machine.install.exists()
+    assert not machine.state.exists()
+    machine.finish({"a.txt": "one"})
+    assert machine.step({"a.txt": "one"}, check=True).changed == []
+
+
+def test_a_failure_carries_the_end_of_the_log_and_the_next_try_begins_anew(machine: Host) -> None:
+    outcome = machine.step({"a.txt": "broken: no such package"})
+    assert not outcome.done
+    with pytest.raises(UserError) as refused:
+        machine.step({"a.txt": "broken: no such package"}, resumed=True)
+    message = str(refused.value)
+    assert message.startswith("engine did not install. The end of ")
+    assert "engine.install/log:" in message
+    assert message.endswith("broken: no such package")
+    assert machine.step({"a.txt": "good now"}).done
+
+
+def test_progress_says_what_the_installer_says(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(venvs, "STEP_S", 0.4)
+    outcome = machine.step({"a.txt": "slow: Collecting torch (from -r a.txt)"})
+    assert not outcome.done
+    assert outcome.message.startswith("installing engine (")
+    assert outcome.message.endswith("s): slow: Collecting torch")
+    monkeypatch.setattr(venvs, "STEP_S", 10.0)
+    assert machine.step({"a.txt": "slow: Collecting torch (from -r a.txt)"}, resumed=True).done
+
+
+def test_two_hosts_that_share_an_install_dir_install_once(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Host(machine.python.parent, "another state")
+    monkeypatch.setattr(venvs, "STEP_S", 0.2)
+    files = {"a.txt": "slow"}
+    first, second = machine.step(files), other.step(files)
+    assert "installed engine" in first.changed
+    assert "installed engine" not in second.changed
+    monkeypatch.setattr(venvs, "STEP_S", 10.0)
+    assert other.step(files, resumed=True).done
+    assert machine.step(files, resumed=True).done
+    assert len(machine.asked()) == 1
+
+
+def test_an_installer_that_was_killed_is_begun_anew_by_the_next_deploy(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(venvs, "STEP_S", 0.1)
+    machine.step({"a.txt": "slow"})
+    working = processes.ours(str(machine.state), "install-engine")
+    assert working
+    processes.kill([p.pid for p in working], 5)
+    monkeypatch.setattr(venvs, "STEP_S", 10.0)
+    assert machine.step({"a.txt": "slow"}).done
+
+
+def test_an_installer_that_ends_between_two_looks_did_not_fail(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is asked first, `is it running` or `is it there`: the installer ends right after the first question."""
+    machine.finish({"a.txt": "one"})
+    stamp = machine.install / "engine" / ".pd-stamp"
+    text, looks = stamp.read_text(), []
+
+    def look(kind: str) -> bool:
+        ended = bool(looks)
+        looks.append(kind)
+        if ended:
+            stamp.write_text(text)
+        return (kind == "ready") == ended
+
+    stamp.unlink()
+    monkeypatch.setattr(venvs.Venv, "ready", lambda self: look("ready"))
+    monkeypatch.setattr(venvs.Venv, "running", lambda self: look("running"))
+    assert machine.step({"a.txt": "one"}, resumed=True).done
+
+
+def test_a_folder_of_others_is_refused(machine: Host) -> None:
+    machine.install.mkdir()
+    (machine.install / "precious").write_text("x")
+    with pytest.raises(UserError, match="holds files that are not ours: set another state_dir or install_dir"):
+        machine.step({"a.txt": "one"})
+    assert [p.name for p in machine.install.iterdir()] == ["precious"]
+
+
+def test_the_real_python_says_why_it_cannot_install(tmp_path: Path) -> None:
+    files = {"a.txt": base64.b64encode(b"--no-index\nno-such-package-of-ours==1\n").decode()}
+    rows: list[dict[str, Any]] = [{"name": "real", "requirements": ["a.txt"]}]
+    end = time.monotonic() + 120
+    resumed = False
+    with pytest.raises(UserError) as refused:
+        while time.monotonic() < end:
+            venvs.step(str(tmp_path / "i"), str(tmp_path / "s"), sys.executable, rows, files, False, resumed)
+            resumed = True
+    assert "no-such-package-of-ours" in str(refused.value)
+    assert os.access(tmp_path / "i" / "real" / "bin" / "python", os.X_OK)
