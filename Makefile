@@ -39,6 +39,7 @@ test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-real: setup-dev tiny-model
+	@tools/real_packages.sh
 	$(BIN)/pytest tests/real -o timeout=900
 
 # The model of inventory/local-sglang: random weights, a tokenizer trained here; nothing is downloaded but two packages.

@@ -65,6 +65,7 @@ def test_check_mode_is_truthful_and_touches_nothing(clean: Checkout) -> None:
 
 def test_a_taken_port_is_named_with_its_holder(clean: Checkout) -> None:
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.2", clean.worker_port + 1))
         sock.listen()
         failed = clean.play("deploy_pd.yml")

@@ -27,7 +27,7 @@ def engine_python() -> tuple[str, dict[str, str]]:
     It is $PD_ENGINE_PYTHON, or what a deployment of inventory/local-sglang has installed.
     """
     root = Path(__file__).parents[2]
-    found = [os.environ.get("PD_ENGINE_PYTHON"), *map(str, root.glob(".pd/install/sglang-[0-9]*/bin/python"))]
+    found = [os.environ.get("PD_ENGINE_PYTHON"), *map(str, root.glob(".pd/install-cpu/sglang-[0-9]*/bin/python"))]
     python = next((path for path in found if path and Path(path).exists()), None)
     if python is None:
         pytest.skip("no real engine: set PD_ENGINE_PYTHON, or deploy inventory/local-sglang")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
+import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +35,7 @@ class Real:
             "router_prometheus_port": base + 1,
             "worker_port_base": base + 2,
             "bootstrap_port_base": base + 20,
-            "install_dir": REPO / ".pd" / "install",
+            "install_dir": REPO / ".pd" / "install-cpu",
             "model": REPO / ".pd" / "tiny-model",
             "api_key": KEY,
         }
@@ -53,6 +56,10 @@ class Real:
 @pytest.fixture(scope="module")
 def real() -> Iterator[Real]:
     """1p1d, deployed."""
+    if sys.version_info[:2] != (3, 11) or platform.machine() != "x86_64":
+        pytest.skip("the engine's CPU requirements are for Python 3.11 on x86_64")
+    if not ctypes.util.find_library("ibverbs"):
+        pytest.skip("libibverbs is not installed (tools/real_packages.sh)")
     if not (REPO / ".pd" / "tiny-model" / "config.json").exists():
         pytest.skip("no model: make tiny-model")
     folder = Path(tempfile.mkdtemp(prefix="pd-real-"))

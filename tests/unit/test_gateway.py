@@ -285,6 +285,14 @@ def test_a_proxy_of_the_environment_is_not_asked(router: FakeRouter, monkeypatch
     assert Gateway(router.url, None).members() == []
 
 
+def test_something_else_on_the_routers_port_is_no_router(router: FakeRouter) -> None:
+    for text in ("<html>", "[]", '{"workers": [{}]}', "null"):
+        router.answers["/workers"] = (200, text)
+        outcome = Gateway(router.url, None).converge([P0], False, True)
+        assert not outcome.done
+        assert "waiting for the router" in outcome.message
+
+
 # ---------------------------------------------------------------- pairs
 
 

@@ -148,7 +148,10 @@ ENGINES: Dict[str, Engine] = {
         command=_sglang_command,
         # /ready is new; /health generates a token, so it takes a second or more
         health_path=lambda version: "/health" if version == "0.5.17" else "/ready",
-        requirements=lambda version: [f"requirements/engine-sglang-{version}.txt"],
+        requirements=lambda version: [
+            f"requirements/engine-sglang-{version}.txt",
+            "no-deps:requirements/engine-sglang-no-deps.txt",
+        ],
     ),
     "emulated": Engine(
         name="emulated",

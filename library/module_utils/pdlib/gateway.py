@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import time
@@ -60,6 +61,14 @@ def difference(known: Sequence[Tuple[str, Member, bool]], wanted: Sequence[Membe
     )
 
 
+def _tokens(answer: str) -> Any:
+    """Return the output tokens that an answer of ``/generate`` reports, None where it does not."""
+    try:
+        return json.loads(answer)["meta_info"]["completion_tokens"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 class Gateway:
     """HTTP to the router and the workers; ``key``: the shared API key, None without one."""
 
@@ -79,15 +88,18 @@ class Gateway:
                 return int(answer.status), answer.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
-        except (OSError, ValueError) as error:
-            return 0, str(getattr(error, "reason", error))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return 0, str(getattr(error, "reason", error)) or type(error).__name__
 
     def members(self) -> Optional[List[Tuple[str, Member, bool]]]:
         """Return the router's members, None while it does not answer."""
         status, text = self.request("GET", f"{self.url}/workers")
         if status in (401, 403):
             raise UserError(f"the router at {self.url} refuses the key (HTTP {status}): was it deployed with another api_key?")
-        return known_members(json.loads(text)) if status == 200 else None
+        try:
+            return known_members(json.loads(text)) if status == 200 else None
+        except (ValueError, TypeError, KeyError):
+            return None
 
     # -- steps
 
@@ -183,7 +195,7 @@ class Gateway:
             for end, (status, text) in zip(ends, answers)
             if status != 200
         ]
-        if not errors and json.loads(answers[-1][1]).get("meta_info", {}).get("completion_tokens") != 4:
+        if not errors and _tokens(answers[-1][1]) != 4:
             errors = [f"{last}: answered, but not with the 4 tokens that were asked for: {answers[-1][1][:200]}"]
         seconds = time.monotonic() - started
         return {"prefill": prefill or "", "decode": last, "seconds": round(seconds, 3), "error": "; ".join(errors)}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ def healthy(url: str, timeout_s: float = 3.0) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=timeout_s) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -206,6 +206,11 @@ class Reconciler:
     def step(self, resumed: bool) -> Outcome:
         """Do what can be done in a few seconds towards the wanted state; ``resumed``: this is not the first step."""
         end = time.monotonic() + STEP_S
+        if not resumed:
+            # What died under an earlier deploy, and was started anew by its manager since, is not this one's failure.
+            for entry in self.record.values():
+                if not entry.get("ready"):
+                    entry.pop("pid", None)
         surplus, restart = self._to_stop()
         if self.check:
             return self._foretell(surplus, restart)
@@ -332,9 +337,12 @@ def claim(folder: str) -> bool:
     marker = path / ".pd"
     if marker.exists():
         return False
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
     try:
+        if path.exists() and any(path.iterdir()):
+            # Hosts of the inventory may share the folder: another one may have marked it since.
+            if marker.exists():
+                return False
+            raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         marker.write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
     except OSError as error:

@@ -72,8 +72,8 @@ def supervisor_program(unit: Mapping[str, Any], state_dir: str) -> str:
     name = unit["name"]
     return f"""{HEADER.replace("#", ";", 1)}
 [program:{name}]
-command=/bin/sh {_percent(shlex.quote(f"{state_dir}/units/{name}.sh"))}
-directory={_percent(work_dir(state_dir, name))}
+command=/bin/sh {shlex.quote(f"{state_dir}/units/{name}.sh")}
+directory={work_dir(state_dir, name)}
 autostart=false
 autorestart=true
 startsecs=2
@@ -82,7 +82,7 @@ stopasgroup=true
 killasgroup=true
 stopwaitsecs=90
 redirect_stderr=true
-stdout_logfile={_percent(state_dir)}/log/{name}.log
+stdout_logfile={state_dir}/log/{name}.log
 stdout_logfile_maxbytes=64MB
 stdout_logfile_backups=2
 """
@@ -90,18 +90,17 @@ stdout_logfile_backups=2
 
 def supervisor_conf(state_dir: str, socket: str) -> str:
     """Return supervisord's own configuration: one socket in our folder, no network port."""
-    home = _percent(state_dir)
     return f"""{HEADER.replace("#", ";", 1)}
 [unix_http_server]
-file={_percent(socket)}
+file={socket}
 chmod=0700
 
 [supervisord]
-logfile={home}/log/supervisord.log
+logfile={state_dir}/log/supervisord.log
 logfile_maxbytes=16MB
-pidfile={home}/supervisord.pid
-childlogdir={home}/log
-directory={_percent(work_dir(state_dir, "supervisord"))}
+pidfile={state_dir}/supervisord.pid
+childlogdir={state_dir}/log
+directory={work_dir(state_dir, "supervisord")}
 
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
@@ -139,11 +138,6 @@ def _systemd_word(text: str) -> str:
     return f'"{escaped}"' if any(c in text for c in " \t\n\r\"'\\;{}") or text == "" else escaped
 
 
-def _percent(text: str) -> str:
-    """Escape what systemd and supervisord would expand in a path."""
-    return text.replace("%", "%%")
-
-
 def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
     """Return the systemd service; its environment lies in ``<state_dir>/units/<name>.env``."""
     return f"""{HEADER}
@@ -154,8 +148,8 @@ Wants=network-online.target
 PartOf=pd.target
 
 [Service]
-EnvironmentFile={_percent(state_dir)}/units/{unit["name"]}.env
-WorkingDirectory={_percent(work_dir(state_dir, unit["name"]))}
+EnvironmentFile={state_dir}/units/{unit["name"]}.env
+WorkingDirectory={work_dir(state_dir, unit["name"])}
 ExecStart={_command_lines(unit["argv"], _systemd_word)}
 Restart=on-failure
 RestartSec=5

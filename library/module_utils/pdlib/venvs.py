@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 from .errors import UserError, listing
 from .managers import tail
-from .processes import work_dir
+from .processes import alive, work_dir
 from .reconcile import STEP_S, Outcome, claim
 
 Json = Dict[str, Any]
@@ -52,7 +52,9 @@ class Venv:
         """Whether an installer is at work on it."""
         try:
             pid = int((self.work / "pid").read_text())
-            return bool(self.work.name in Path(f"/proc/{pid}/cmdline").read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            # For a moment after its start a process has no command line yet; nor has a zombie.
+            return self.work.name in command or (not command and alive(pid))
         except (OSError, ValueError):
             return False
 
@@ -118,7 +120,8 @@ def step(
         outcome.changed.append("made install_dir and state_dir")
     end = time.monotonic() + STEP_S
     with _locked(install_dir):
-        missing = [venv for venv in venvs if not venv.ready() and not venv.running()]
+        # In this order: an installer that ends between the two questions is there, and did not fail.
+        missing = [venv for venv in venvs if not venv.running() and not venv.ready()]
         failed = [venv for venv in missing if resumed and (venv.work / "pid").exists()]
         if failed:
             for venv in failed:

@@ -1,0 +1,372 @@
+"""The steps of a host's units, with a service manager that only remembers; the real one is in tests/local."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlib import managers, processes, reconcile
+from pdlib.errors import UserError
+from pdlib.managers import Status, Supervisord
+from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
+from pdlib.units import KEY_FILE, KEY_LAUNCHER
+
+UNITS: dict[str, tuple[str, int]] = {}
+CALLS: list[str] = []
+
+
+class Remembering(Supervisord):
+    """supervisord's files, and units that do what they are told."""
+
+    next_pid = 2**22 + 1
+
+    def status(self) -> dict[str, Status]:
+        return {name: Status(state, pid, "exit status 1" if state == "dead" else "") for name, (state, pid) in UNITS.items()}
+
+    def reload(self) -> None:
+        CALLS.append("reload")
+
+    def start(self, names: Sequence[str]) -> None:
+        for name in names:
+            CALLS.append(f"start {name}")
+            Remembering.next_pid += 1
+            UNITS[name] = ("running", Remembering.next_pid)
+
+    def stop(self, names: Sequence[str]) -> None:
+        for name in names:
+            CALLS.append(f"stop {name}")
+            UNITS[name] = ("stopped", 0)
+
+    def log_tail(self, name: str, lines: int = 25) -> str:
+        return f"last words of {name}"
+
+    def shutdown(self) -> None:
+        CALLS.append("shutdown")
+        UNITS.clear()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    UNITS.clear()
+    CALLS.clear()
+    monkeypatch.setitem(managers.MANAGERS, "supervisord", Remembering)
+    monkeypatch.setattr(reconcile, "STEP_S", 1.0)
+    folder = tmp_path / "state"
+    claim(str(folder))
+    return folder
+
+
+def unit(name: str, *args: str, **more: Any) -> dict[str, Any]:
+    argv = ["/opt/pd/bin/python", *args]
+    made: dict[str, Any] = {"name": name, "title": name, "argv": argv, "env": {}, "listen": "127.0.0.1", "ports": []}
+    return {**made, "health_url": None, "members": [], **more}
+
+
+A, B = unit("pd-prefill-0", "a"), unit("pd-decode-0", "b")
+
+
+def reconciler(home: Path, *wanted: dict[str, Any], check: bool = False, key: str | None = None) -> Reconciler:
+    return Reconciler(str(home), str(home / "i"), "supervisord", "1p1d", wanted, check, key, "print()" if key else "")
+
+
+def step(home: Path, *wanted: dict[str, Any], resumed: bool = False, **options: Any) -> Outcome:
+    CALLS.clear()
+    return reconciler(home, *wanted, **options).step(resumed)
+
+
+def snapshot(home: Path) -> dict[str, str]:
+    return {str(p.relative_to(home)): p.read_text() for p in home.rglob("*") if p.is_file()}
+
+
+def test_a_first_step_writes_and_starts_and_a_second_changes_nothing(home: Path) -> None:
+    first = step(home, A, B)
+    assert first.done, first.message
+    assert {"started pd-prefill-0", "started pd-decode-0", "wrote pd-prefill-0.sh"} <= set(first.changed)
+    before, units = snapshot(home), dict(UNITS)
+    second = step(home, A, B)
+    assert (second.done, second.changed, second.diff, CALLS) == (True, [], [], [])
+    assert (snapshot(home), UNITS) == (before, units)
+
+
+def test_only_the_unit_that_changed_is_restarted(home: Path) -> None:
+    step(home, A, B)
+    pid = UNITS["pd-decode-0"][1]
+    outcome = step(home, unit("pd-prefill-0", "other"), B)
+    assert outcome.done
+    assert [c for c in outcome.changed if "wrote" not in c] == ["restarted pd-prefill-0"]
+    assert CALLS == ["stop pd-prefill-0", "start pd-prefill-0"]
+    assert UNITS["pd-decode-0"] == ("running", pid)
+    script = home / "units" / "pd-prefill-0.sh"
+    (diff,) = [row for row in outcome.diff if row["after_header"] == str(script)]
+    assert "other" in diff["after"]
+    assert "other" not in diff["before"]
+
+
+def test_members_change_the_script_and_restart_nothing(home: Path) -> None:
+    def router(*members: str) -> dict[str, Any]:
+        return unit("pd-router", "--port", "1", *members, members=list(members))
+
+    step(home, router("--prefill", "u", "1"))
+    outcome = step(home, router("--prefill", "u", "1", "--decode", "v"))
+    assert outcome.changed == ["wrote pd-router.sh"]
+    assert CALLS == []
+    assert "--decode v" in (home / "units" / "pd-router.sh").read_text()
+    assert step(home, router("--prefill", "u", "1", "--decode", "v")).changed == []
+
+
+def test_surplus_is_stopped_and_its_files_are_gone(home: Path) -> None:
+    step(home, A, B)
+    outcome = step(home, A)
+    assert outcome.changed == ["stopped pd-decode-0"]
+    assert CALLS[0] == "stop pd-decode-0"
+    assert not [name for name in snapshot(home) if "decode" in name]
+    assert list(json.loads((home / "units.json").read_text())) == ["pd-prefill-0"]
+
+
+def test_surplus_that_only_the_record_knows_is_ended_too(home: Path) -> None:
+    """The manager was killed, and its units live on."""
+    step(home, A, B)
+    UNITS.clear()
+    outcome = step(home, A)
+    assert "stopped pd-decode-0" in outcome.changed
+    assert "started pd-prefill-0" in outcome.changed
+    assert not [name for name in snapshot(home) if "decode" in name]
+
+
+def test_a_host_without_units_has_nothing_to_do(home: Path) -> None:
+    outcome = step(home)
+    assert (outcome.done, outcome.changed, CALLS) == (True, [], [])
+    assert list(snapshot(home)) == [".pd"]
+
+
+def test_check_mode_tells_and_changes_nothing(home: Path) -> None:
+    before = snapshot(home)
+    outcome = step(home, A, check=True)
+    assert outcome.done
+    assert "would start pd-prefill-0" in outcome.changed
+    assert outcome.diff
+    assert (snapshot(home), CALLS) == (before, [])
+    step(home, A, B)
+    before = snapshot(home)
+    outcome = step(home, unit("pd-prefill-0", "other"), check=True, key="k")
+    assert {"would restart pd-prefill-0", "would stop pd-decode-0"} <= set(outcome.changed)
+    assert (snapshot(home), CALLS) == (before, [])
+    assert step(home, A, B, check=True).changed == []
+
+
+def test_the_key_is_in_one_private_file_and_a_new_one_restarts(home: Path) -> None:
+    step(home, A, key="first-k3y")
+    secret = home / KEY_FILE
+    assert secret.read_text() == "first-k3y"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert (home / KEY_LAUNCHER).stat().st_mode & 0o777 == 0o700
+    assert [name for name, text in snapshot(home).items() if "first-k3y" in text] == [KEY_FILE]
+    assert step(home, A, key="first-k3y").changed == []
+    changed = step(home, A, key="second").changed
+    assert "restarted pd-prefill-0" in changed
+    assert secret.read_text() == "second"
+    gone = step(home, A)
+    assert f"removed {KEY_FILE}" in gone.changed
+    assert not secret.exists()
+
+
+def test_an_engine_installed_anew_restarts_what_runs_from_it(home: Path) -> None:
+    python = home.parent / "venv" / "bin" / "python"
+    stamp = home.parent / "venv" / ".pd-stamp"
+    python.parent.mkdir(parents=True)
+    stamp.write_text("one")
+    step(home, {**A, "argv": [str(python), "a"]}, B)
+    stamp.write_text("two")
+    assert step(home, {**A, "argv": [str(python), "a"]}, B).changed == ["restarted pd-prefill-0"]
+
+
+def test_a_unit_that_dies_is_an_error_with_its_last_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(self: Remembering, names: Sequence[str]) -> None:
+        UNITS.update({name: ("dead", 0) for name in names})
+
+    monkeypatch.setattr(Remembering, "start", dying)
+    with pytest.raises(UserError) as refused:
+        step(home, A)
+    assert "pd-prefill-0 died before it was ready (exit status 1)" in str(refused.value)
+    assert str(refused.value).endswith("last words of pd-prefill-0")
+
+
+def test_a_unit_started_anew_while_it_is_waited_for_has_died(home: Path) -> None:
+    waiting = unit("pd-prefill-0", health_url="http://127.0.0.1:1/ready")
+    outcome = step(home, waiting)
+    assert not outcome.done
+    assert outcome.message.startswith("pd-prefill-0 is starting (")
+    assert "last words of pd-prefill-0" in outcome.message
+    UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
+    with pytest.raises(UserError, match="pd-prefill-0 died before it was ready"):
+        step(home, waiting, resumed=True)
+
+
+def test_the_next_deploy_gives_a_unit_that_came_back_its_chance(home: Path) -> None:
+    """It died once before it was ready and its manager started it anew: that was the last deploy's error, not this one's."""
+    step(home, unit("pd-prefill-0", health_url="http://127.0.0.1:1/ready"))
+    UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
+    outcome = step(home, unit("pd-prefill-0", health_url="http://127.0.0.1:1/ready"))
+    assert not outcome.done
+    assert "is starting" in outcome.message
+
+
+def test_a_unit_that_was_ready_may_be_started_anew(home: Path) -> None:
+    step(home, A)
+    UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
+    assert step(home, A).changed == []
+
+
+def test_a_unit_that_stopped_by_itself_is_started(home: Path) -> None:
+    step(home, A, B)
+    UNITS["pd-prefill-0"] = ("dead", 0)
+    outcome = step(home, A, B)
+    assert outcome.changed == ["started pd-prefill-0"]
+
+
+def test_a_taken_port_is_named_with_its_holder_and_nothing_starts(home: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        with pytest.raises(UserError) as refused:
+            step(home, unit("pd-prefill-0", ports=[port]), B)
+    message = str(refused.value)
+    assert f"port {port} of 127.0.0.1, which pd-prefill-0 needs, is held by process {os.getpid()} (" in message
+    assert "worker_port_base" in message
+    assert not [call for call in CALLS if call.startswith("start")]
+
+
+def test_health_is_a_200_and_nothing_else() -> None:
+    def answer(text: bytes) -> bool:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+
+            def serve() -> None:
+                peer, _ = sock.accept()
+                with peer:
+                    peer.recv(1000)
+                    peer.sendall(text)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            healthy = reconcile.healthy(f"http://127.0.0.1:{sock.getsockname()[1]}/ready")
+            thread.join()
+            return healthy
+
+    assert answer(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert not answer(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    assert not answer(b"SSH-2.0-OpenSSH\r\n")
+    assert not answer(b"")
+    assert not reconcile.healthy("http://127.0.0.1:1/ready")
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_is_claimed_once_and_privately(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert claim(str(folder)) is True
+    assert claim(str(folder)) is False
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "empty").mkdir()
+    assert claim(str(tmp_path / "empty")) is True
+
+
+def test_what_is_not_ours_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UserError, match="holds files that are not ours: set another state_dir or install_dir"):
+        claim(str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot make .*: .*set state_dir and install_dir"):
+        claim(str(tmp_path / "precious"))
+    with pytest.raises(UserError, match=r"cannot make .*: .*set state_dir and install_dir"):
+        claim(str(tmp_path / "precious" / "deeper"))
+
+
+def test_hosts_that_share_a_folder_may_claim_it_at_once(tmp_path: Path) -> None:
+    folder, errors = tmp_path / "shared", list[str]()
+    exists = Path.exists
+
+    def slow_exists(path: Path, **options: Any) -> bool:
+        """Between the look for our mark and the look for other files, the other host makes both."""
+        found = exists(path, **options)
+        if path == folder / ".pd" and not found:
+            folder.mkdir(exist_ok=True)
+            (folder / ".pd").write_text("made meanwhile")
+            (folder / ".lock").write_text("")
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "exists", slow_exists)
+        claim(str(folder))
+    start = threading.Barrier(6)
+
+    def take(number: int) -> None:
+        start.wait()
+        try:
+            claim(str(tmp_path / f"round-{number // 6}"))
+        except UserError as error:
+            errors.append(str(error))
+
+    for first in range(0, 60, 6):
+        threads = [threading.Thread(target=take, args=(first + i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+
+
+def test_teardown_removes_what_is_ours_and_works_twice(home: Path) -> None:
+    step(home, A, B)
+    install = home.parent / "install"
+    claim(str(install))
+    check = remove_everything(str(home), str(install), ["supervisord"], False, True)
+    assert "stopped pd-prefill-0" in check.changed
+    assert home.exists()
+    assert UNITS
+    done = remove_everything(str(home), str(install), ["supervisord"], False, False)
+    assert done.done
+    assert {"stopped pd-decode-0", "stopped pd-prefill-0", f"removed {home}"} <= set(done.changed)
+    assert not home.exists()
+    assert install.exists(), "installs stay without purge"
+    again = remove_everything(str(home), str(install), ["supervisord"], False, False)
+    assert (again.done, again.changed) == (True, [])
+    purged = remove_everything(str(home), str(install), ["supervisord"], True, False)
+    assert purged.changed == [f"removed {install}"]
+    assert [p.name for p in home.parent.iterdir()] == []
+
+
+def test_teardown_spares_a_folder_without_our_mark(home: Path) -> None:
+    (home / ".pd").unlink()
+    (home / "precious").write_text("x")
+    with pytest.raises(UserError, match=r"has no file .pd, so it is not one that deploy_pd.yml made"):
+        remove_everything(str(home), str(home / "none"), ["supervisord"], False, False)
+    assert (home / "precious").exists()
+
+
+def test_files_are_written_whole_with_their_mode(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    assert managers.write(path, "a", 0o600) is True
+    assert managers.write(path, "a", 0o600) is False
+    assert managers.write(path, "a", 0o700) is True
+    assert managers.write(path, "b", 0o700) is True
+    assert path.read_text() == "b"
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_the_end_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert managers.tail(log, 3) == ""
+    log.write_bytes(b"\xff\n" + b"x" * 200_000 + b"\n" + b"\n".join(b"line %d" % i for i in range(10)))
+    assert managers.tail(log, 3) == "line 7\nline 8\nline 9"
+    assert processes.ours(str(tmp_path)) == []
