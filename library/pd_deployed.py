@@ -9,15 +9,17 @@ short_description: Read, lock and keep the deployed plan on the router's host
 description: [The plan is replaced atomically; one command at a time holds the lock.]
 options:
   action:
-    description: C(read) returns the plan, C(lock) also takes the lock, C(store) keeps C(plan) and gives the lock back, C(unlock) gives the lock back.
+    description: C(read) returns the plan, C(lock) also takes the lock, C(store) keeps C(plan), C(unlock) gives the lock back,
+      C(forget) takes the workers of C(hosts) out of the plan.
     type: str
-    choices: [read, lock, store, unlock]
+    choices: [read, lock, store, unlock, forget]
     required: true
   state_dir: {description: State directory of the router's host., type: path, required: true}
   owner: {description: "Who takes the lock: controller, pid, user, verb.", type: dict, default: {}}
   live_pids: {description: "Processes of the controller that are alive, among those that may hold the lock.", type: list, elements: int, default: []}
+  create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there.", type: bool, default: true}
   steal: {description: Take over the lock of another controller., type: bool, default: false}
-  keep_lock: {description: "With C(store): do not give the lock back yet.", type: bool, default: false}
+  hosts: {description: "With C(forget): hosts that were torn down.", type: list, elements: str, default: []}
   plan: {description: The plan to keep., type: dict, default: {}}
 attributes:
   check_mode: {support: full, description: Takes no lock and stores nothing.}
@@ -36,6 +38,7 @@ plan: {description: The deployed plan; empty when there is none., returned: "C(a
 holder: {description: Who holds the lock., returned: "C(action) read", type: dict, sample: {pid: 4711, verb: deploy}}
 """
 
+from pathlib import Path
 from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
@@ -47,12 +50,13 @@ def main() -> None:
     """Do the one action."""
     module = AnsibleModule(
         argument_spec={
-            "action": {"type": "str", "choices": ["read", "lock", "store", "unlock"], "required": True},
+            "action": {"type": "str", "choices": ["read", "lock", "store", "unlock", "forget"], "required": True},
             "state_dir": {"type": "path", "required": True},
             "owner": {"type": "dict", "default": {}},
             "live_pids": {"type": "list", "elements": "int", "default": []},
+            "create": {"type": "bool", "default": True},
             "steal": {"type": "bool", "default": False},
-            "keep_lock": {"type": "bool", "default": False},
+            "hosts": {"type": "list", "elements": "str", "default": []},
             "plan": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
@@ -65,13 +69,13 @@ def main() -> None:
             result["changed"] = before != p["plan"]
             if not module.check_mode:
                 deployed.store(p["state_dir"], p["plan"])
-                if not p["keep_lock"]:
-                    deployed.unlock(p["state_dir"], p["owner"])
+        elif p["action"] == "forget":
+            result["changed"] = deployed.forget(p["state_dir"], p["hosts"], module.check_mode)
         elif p["action"] == "unlock":
             if not module.check_mode:
                 deployed.unlock(p["state_dir"], p["owner"])
         else:
-            if p["action"] == "lock" and not module.check_mode:
+            if p["action"] == "lock" and not module.check_mode and (p["create"] or Path(p["state_dir"]).exists()):
                 deployed.lock(p["state_dir"], p["owner"], p["live_pids"], p["steal"])
             result.update(plan=deployed.read(p["state_dir"]) or {}, holder=deployed.peek(p["state_dir"]) or {})
     except UserError as error:

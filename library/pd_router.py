@@ -61,7 +61,8 @@ def main() -> None:
     )
     p, plan = module.params, module.params["plan"]
     key_file = Path(p["state_dir"]) / "secrets" / "api_key"
-    key = key_file.read_text().strip() if plan["api_key"] and key_file.exists() else None
+    # What the running router was started with; a key that goes is still needed until the units have changed.
+    key = key_file.read_text().strip() if key_file.exists() else None
     router = gateway.Gateway(plan["router"]["url"], key)
     wanted = gateway.wanted_members(plan)
     pairs = []

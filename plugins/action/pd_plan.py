@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
 from pdlib import bench_spec, plan, processes, settings, tables, units  # noqa: E402
-from pdlib.errors import UserError  # noqa: E402
+from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
 display = Display()
@@ -60,7 +60,12 @@ class ActionModule(ActionBase):
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
         cluster = settings.cluster_settings(by_host)
-        found = {h: hostvars[h]["__pd_found"]["found"] for h in ours if discovered and "__pd_found" in hostvars[h]}
+        local = [h for h in ours if hostvars[h].get("ansible_connection") == "local"]
+        settings.check_state_dirs({h: by_host[h]["state_dir"] for h in local})
+        settings.check_templates(extra)
+        found = {
+            h: hostvars[h]["__pd_found"]["found"] for h in ours if discovered and "found" in hostvars[h].get("__pd_found", {})
+        }
         for host, seen in found.items():
             if by_host[host]["service_manager"] == "auto":
                 by_host[host]["service_manager"] = seen["service_manager"]
@@ -77,10 +82,21 @@ class ActionModule(ActionBase):
         facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb)}
         if verb != "teardown":
             planner = plan.Planner(inputs)
+            if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
+                raise UserError(
+                    "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
+                )
+            clients = groups["bench_clients"]
+            planner.check_limit(clients[:1] if verb == "bench" else [])
+            open_hosts = [] if discovered or verb == "plan" else planner.left_to_discover()
+            if open_hosts:
+                # The second look plans; this one has checked all that can be without asking the hosts.
+                planner.check_flags()
+                display.display(f"\n{listing(open_hosts)}: the inventory leaves things open that are looked for there\n")
+                facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
+                return {"changed": False, **facts, **self._common(cluster)}
             made = planner.make()
             if verb == "bench":
-                clients = groups["bench_clients"]
-                planner.check_limit(clients[:1])
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
             facts["pd_plan"] = made
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
@@ -90,12 +106,17 @@ class ActionModule(ActionBase):
                 display.display("\n" + tables.workers(made) + "\n")
         elif groups["bench_clients"]:
             facts["pd_bench"] = bench_spec.client(cluster, groups["bench_clients"][0], by_host, str(ROOT))
-        facts["pd_settings"] = {k: v for k, v in cluster.items() if not VARIABLES[k].secret}
-        facts["pd_live_pids"] = [p.pid for p in processes.all_processes() if "ansible" in p.command]
-        result: dict[str, Any] = {"changed": False, **facts}
+        result: dict[str, Any] = {"changed": False, **facts, **self._common(cluster)}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result
+
+    @staticmethod
+    def _common(cluster: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pd_settings": {k: v for k, v in cluster.items() if not VARIABLES[k].secret},
+            "pd_live_pids": [p.pid for p in processes.all_processes() if "ansible" in p.command],
+        }
 
     def _current(self, verb: str, task_vars: dict[str, Any], discovered: bool) -> dict[str, Any] | None:
         """The deployed plan: the router host's own once it was read, the controller's copy before."""
@@ -156,6 +177,11 @@ class ActionModule(ActionBase):
         for host in made["hosts"]:
             for name, text in units.rendered_files(made, host).items():
                 wanted[f"{host}/{name}"] = text
+        stale: set[str] = set()
+        if (folder / "plan.json").exists():
+            # Only what an earlier plan wrote here goes; everything else in the folder is the user's.
+            old = json.loads((folder / "plan.json").read_text())
+            stale = {f"{host}/{name}" for host in old["hosts"] for name in units.rendered_files(old, host)} - set(wanted)
         changed = False
         for name, text in wanted.items():
             path = folder / name
@@ -163,9 +189,8 @@ class ActionModule(ActionBase):
                 changed = True
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
-        for path in folder.glob("*/pd*"):
-            if f"{path.parent.name}/{path.name}" not in wanted:
-                path.unlink()
-                changed = True
+        for name in sorted(stale):
+            changed = changed or (folder / name).exists()
+            (folder / name).unlink(missing_ok=True)
         display.display(f"Written: {folder}/plan.json and {len(wanted) - 1} unit files beside it\n")
         return changed

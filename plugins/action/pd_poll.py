@@ -9,7 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +65,15 @@ class ActionModule(ActionBase):
         if names:
             paths = {name: wheel(ROOT) if name == "pdbench" else ROOT / name for name in names}
             arguments["files"] = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
-        host, started, shown = variables["inventory_hostname"], time.monotonic(), time.monotonic()
+        host, started, shown = self._task.delegate_to or variables["inventory_hostname"], time.monotonic(), time.monotonic()
         changes: list[str] = []
         diff: list[Any] = []
         resumed = False
         while True:
-            result = self._execute_module(module_name=module, module_args={**arguments, "resumed": resumed}, task_vars=variables)
+            with self._heartbeat(host, module, started):
+                result = self._execute_module(
+                    module_name=module, module_args={**arguments, "resumed": resumed}, task_vars=variables
+                )
             changes += [change for change in result.get("changes", []) if change not in changes]
             diff += result.get("diff") or []
             result.update(changes=changes, diff=diff, changed=bool(changes))
@@ -80,3 +86,21 @@ class ActionModule(ActionBase):
                 display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {result['message']}")
                 shown = time.monotonic()
             resumed = True
+
+    @staticmethod
+    @contextmanager
+    def _heartbeat(host: str, module: str, started: float) -> Iterator[None]:
+        """Say every few seconds that a step still goes on, for the rare step that takes long."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(9):
+                display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {module} is still at it")
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

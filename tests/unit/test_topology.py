@@ -258,16 +258,29 @@ def test_a_chain_of_ratios_moves_the_fewest_workers(rng: random.Random) -> None:
 
 def mixed(rng: random.Random) -> tuple[list[Host], dict[str, RoleShape], list[Placed]]:
     """Hosts with 1 or 2 GPUs, of which some roles' workers take whole ones, and what ran there before."""
-    hosts = clusters(rng, gpus=rng.choice([1, 1, 2]), most_hosts=rng.choice([3, 4, 4, 5]))
+    gpus = rng.choice([1, 1, 2])
+    hosts = clusters(rng, gpus=gpus, most_hosts=rng.choice([3, 4, 4, 5]))
+    if rng.random() < 0.7:
+        whole = tuple(range(gpus))
+        hosts = [Host(h.name, dict.fromkeys(h.gpus, whole), h.order, h.shared, h.frozen and rng.random() < 0.5) for h in hosts]
     shape = {}
     for role in ROLES:
         nodes = rng.choice([1, 1, 2, 2, 3])
-        shape[role] = RoleShape(gpus=nodes * rng.choice([1, 1, 2]), nodes=nodes)
+        shape[role] = RoleShape(gpus=nodes * rng.choice([1, gpus]), nodes=nodes)
     current: list[Placed] = []
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.randint(0, 3)):
         before = {role: RoleShape(1) if rng.random() < 0.2 else shape[role] for role in ROLES}
-        thawed = [Host(h.name, h.gpus, h.order, h.shared) for h in rng.sample(hosts, len(hosts))]
-        current = attempt(likely(rng, before, hosts), before, thawed, current) or current
+        # Other places in the groups, and now and then a host that had only one GPU then.
+        earlier = [
+            Host(
+                h.name,
+                {role: pool[:1] if rng.random() < 0.1 else pool for role, pool in h.gpus.items()},
+                {role: rng.randint(0, 9) for role in h.order},
+                h.shared,
+            )
+            for h in hosts
+        ]
+        current = attempt(likely(rng, before, earlier), before, earlier, current) or current
     return hosts, shape, current
 
 
@@ -365,6 +378,18 @@ def test_a_new_worker_over_whole_hosts_spares_the_hosts_that_run_something() -> 
     made = place(Ratio(1, 1), shape, hosts, current)
     assert current[0] in made
     assert [name for name, _ in made[0].ranks] == ["n1", "n2"]
+
+
+def test_a_worker_with_one_host_outside_the_limit_stays_on_all_of_them() -> None:
+    def hosts(frozen: bool) -> list[Host]:
+        groups = [("prefill",), ("prefill", "decode"), ("prefill",), ("prefill",)]
+        return [Host(f"n{i}", {r: (0,) for r in g}, dict.fromkeys(g, i), frozen=frozen and i == 0) for i, g in enumerate(groups)]
+
+    shape = {**one_each(), "prefill": RoleShape(2, 2)}
+    current = [Placed("prefill-0", "prefill", (("n0", (0,)), ("n1", (0,))))]
+    moved = place(Ratio(1, 1), shape, hosts(frozen=False), current)
+    assert [[name for name, _ in w.ranks] for w in moved] == [["n0", "n2"], ["n1"]]
+    assert attempt(Ratio(1, 1), shape, hosts(frozen=True), current) is None
 
 
 def test_names_of_stopped_workers_are_taken_again() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,29 @@ def test_two_hosts_that_share_an_install_dir_install_once(machine: Host, monkeyp
     monkeypatch.setattr(venvs, "STEP_S", 10.0)
     assert other.step(files, resumed=True).done
     assert machine.step(files, resumed=True).done
+    assert len(machine.asked()) == 1
+
+
+def test_two_that_come_at_the_same_moment_install_once(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, both = venvs.Venv.start, threading.Barrier(2)
+
+    def slow_start(venv: venvs.Venv) -> None:
+        time.sleep(0.3)
+        start(venv)
+
+    monkeypatch.setattr(venvs.Venv, "start", slow_start)
+    changed: list[str] = []
+
+    def come(host: Host) -> None:
+        both.wait()
+        changed.extend(host.step({"a.txt": "one"}).changed)
+
+    threads = [threading.Thread(target=come, args=(h,)) for h in (machine, Host(machine.python.parent, "another state"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert changed.count("installed engine") == 1
     assert len(machine.asked()) == 1
 
 

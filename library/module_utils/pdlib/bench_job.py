@@ -96,7 +96,8 @@ class Job:
             processes.kill(found[::-1], 20.0)
         if code is None or not (self.folder / "summary.json").exists():
             command = [python, "-m", "pdbench", "run", "--recover", str(self.folder)]
-            subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            if Path(python).exists():
+                subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         was = "running" if found else ("finished" if code is not None else "killed")
         return {"run_id": self.run_id, "found": was, "exit_code": code}
 

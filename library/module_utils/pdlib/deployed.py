@@ -31,6 +31,19 @@ def store(state_dir: str, plan: Mapping[str, Any]) -> bool:
     return write(Path(state_dir) / "plan.json", json.dumps(plan, indent=1, sort_keys=True) + "\n", 0o600)
 
 
+def forget(state_dir: str, hosts: Sequence[str], check: bool) -> bool:
+    """Take the workers of hosts that were torn down out of the deployed plan; return whether it had any."""
+    plan = read(state_dir)
+    if plan is None:
+        return False
+    left = [w for w in plan["workers"] if not any(rank["host"] in hosts for rank in w["ranks"])]
+    if len(left) == len(plan["workers"]):
+        return False
+    if not check:
+        store(state_dir, {**plan, "workers": left})
+    return True
+
+
 def lock(state_dir: str, owner: Mapping[str, Any], live_pids: Sequence[int], steal: bool) -> None:
     """Take the deployment's lock for ``owner`` ({"controller", "pid", "user", "verb"}).
 

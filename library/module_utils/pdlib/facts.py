@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, List
@@ -57,6 +58,16 @@ def addresses() -> List[str]:
     return [word.split()[3].split("/")[0] for word in done.stdout.splitlines() if len(word.split()) > 3]
 
 
+def default_address() -> str:
+    """Return the address from which the host reaches others ("" without a route); no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return ""
+        return str(sock.getsockname()[0])
+
+
 def service_manager() -> str:
     """Return ``systemd`` where it is PID 1 and we are root, else ``supervisord``."""
     try:
@@ -72,6 +83,8 @@ def gather(accelerators: bool) -> Json:
     known = addresses()
     if known:
         found["addresses"] = known
+    if default_address():
+        found["default_address"] = default_address()
     if accelerators:
         cards = gpus()
         found.update({"gpu_cards": cards, "gpus": [card["index"] for card in cards], "rdma": rdma()})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import queue
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -188,14 +190,21 @@ class Gateway:
             body.update({"bootstrap_host": host, "bootstrap_port": rank["bootstrap_port"], "bootstrap_room": room})
             ends = [prefill, last]
         started = time.monotonic()
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            answers = list(pool.map(lambda end: self.request("POST", f"{workers[end]['url']}/generate", body, timeout_s), ends))
-        errors = [
-            f"{end}: HTTP {status} {text.strip()[:300]}" if status else f"{end}: no answer ({text[:200]})"
-            for end, (status, text) in zip(ends, answers)
-            if status != 200
-        ]
-        if not errors and _tokens(answers[-1][1]) != 4:
-            errors = [f"{last}: answered, but not with the 4 tokens that were asked for: {answers[-1][1][:200]}"]
+        answers: "queue.Queue[Tuple[str, int, str]]" = queue.Queue()
+
+        def ask(end: str) -> None:
+            answers.put((end, *self.request("POST", f"{workers[end]['url']}/generate", body, timeout_s)))
+
+        for end in ends:
+            threading.Thread(target=ask, args=(end,), daemon=True).start()
+        errors: List[str] = []
+        for _ in ends:
+            end, status, text = answers.get()
+            if status != 200:
+                # The other end now waits for one that will not come: its answer says nothing.
+                errors = [f"{end}: HTTP {status} {text.strip()[:300]}" if status else f"{end}: no answer ({text[:200]})"]
+                break
+            if end == last and _tokens(text) != 4:
+                errors = [f"{last}: answered, but not with the 4 tokens that were asked for: {text[:200]}"]
         seconds = time.monotonic() - started
         return {"prefill": prefill or "", "decode": last, "seconds": round(seconds, 3), "error": "; ".join(errors)}

@@ -10,7 +10,7 @@ import time
 import xmlrpc.client
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
 
 from . import processes
 from . import units as render
@@ -188,6 +188,11 @@ class Systemd:
             result[self.home / "units" / f"{name}.env"] = (render.systemd_env(unit), 0o600)
         return result
 
+    def own_units(self) -> List[Path]:
+        """Return the unit files of this state directory; others' units may well be called pd-something."""
+        mark = f"={self.home}/"
+        return [path for path in sorted(self.UNITS.glob("pd-*.service")) if mark in path.read_text(errors="replace")]
+
     @staticmethod
     def _systemctl(*args: str) -> str:
         done = subprocess.run(["systemctl", *args], capture_output=True, text=True, check=False)
@@ -205,7 +210,7 @@ class Systemd:
             "failed": "dead",
             "reloading": "running",
         }
-        for path in sorted(self.UNITS.glob("pd-*.service")):
+        for path in self.own_units():
             shown = self._systemctl("show", "-p", "ActiveState,SubState,MainPID,Result", path.name)
             row = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
             state = "dead" if row["SubState"] == "auto-restart" else states.get(row["ActiveState"], "stopped")
@@ -216,16 +221,20 @@ class Systemd:
         """Make systemd read the unit files; running units stay as they are."""
         self.home.mkdir(parents=True, exist_ok=True)
         self._systemctl("daemon-reload")
-        names = [path.name for path in self.UNITS.glob("pd-*.service")]
+        names = [path.name for path in self.own_units()]
         self._systemctl("enable", "--quiet", "pd.target", *names)
 
     def start(self, names: Sequence[str]) -> None:
         """Start units; do not wait."""
+        if not names:
+            return
         self._systemctl("reset-failed", *(f"{name}.service" for name in names))
         self._systemctl("start", "--no-block", "pd.target", *(f"{name}.service" for name in names))
 
     def stop(self, names: Sequence[str]) -> None:
         """Stop units; do not wait."""
+        if not names:
+            return
         self._systemctl("stop", "--no-block", *(f"{name}.service" for name in names))
 
     def log_tail(self, name: str, lines: int = 25) -> str:
@@ -234,8 +243,8 @@ class Systemd:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     def shutdown(self) -> None:
-        """Forget the target (the units' files are gone by then)."""
-        if (self.UNITS / "pd.target").exists():
+        """Forget the target, unless another deployment on this host still has units."""
+        if (self.UNITS / "pd.target").exists() and not list((self.UNITS / "pd.target.wants").glob("*")):
             self._systemctl("disable", "--quiet", "pd.target")
             (self.UNITS / "pd.target").unlink()
         self._systemctl("daemon-reload")

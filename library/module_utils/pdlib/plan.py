@@ -166,9 +166,27 @@ class Planner:
 
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use real accelerators, so that these are looked for on it."""
-        settings = self.inputs.hosts[name]
         on_cpu = any(self._engine_args(name, role).get("device") == "cpu" for role in ("prefill", "decode", "aggregated"))
-        return not self.engine.emulated and not on_cpu and name in self.worker_hosts and settings["gpus"] is not None
+        return not self.engine.emulated and not on_cpu and name in self.worker_hosts
+
+    def left_to_discover(self) -> List[str]:
+        """Return the hosts of which the inventory leaves something open that deploy_pd.yml finds on the host."""
+        several = len({*self.worker_hosts, self.router_host}) > 1
+        auto = self.cluster["transfer_backend"] == "auto" and self.ratio.disaggregated and several
+        return [
+            name
+            for name in dict.fromkeys([*self.worker_hosts, self.router_host])
+            for host in [self.inputs.hosts[name]]
+            if host["address"] is None
+            or (name in self.worker_hosts and host["gpus"] in (None, "auto"))
+            or (name in self.worker_hosts and auto and host["rdma_fabric"] == "auto")
+        ]
+
+    def check_flags(self) -> None:
+        """Refuse wrong engine flags of any worker host, before placement says which hosts are used."""
+        for name in self.worker_hosts:
+            for role in self.ratio.counts():
+                self._engine_args(name, role)
 
     # -- placement
 
@@ -180,6 +198,39 @@ class Planner:
             Placed(w["name"], w["role"], tuple((rank["host"], tuple(rank["gpus"])) for rank in w["ranks"]))
             for w in plan["workers"]
         ]
+
+    def check_departed(self) -> None:
+        """Refuse to go on when hosts with workers, or the router's host, are no longer where the deployment has them."""
+        current = self.inputs.current
+        if not current:
+            return
+        gone = {rank["host"]: worker["name"] for worker in current["workers"] for rank in worker["ranks"]}
+        gone = {host: name for host, name in gone.items() if host not in self.inputs.hosts}
+        if gone:
+            raise UserError(
+                f"{listing(gone)} left the inventory and still runs {listing(gone.values())}: "
+                f"put it back, type ansible-playbook teardown.yml -l {','.join(gone)}, and then take it out"
+            )
+        before = current["router"]["host"]
+        if before != self.router_host:
+            raise UserError(
+                f"the router of the deployment is on {before}, and the inventory now has it on {self.router_host}: "
+                "teardown.yml with the old inventory first"
+            )
+
+    def check_frozen(self, workers: Sequence[Json]) -> None:
+        """Refuse a limit that leaves out hosts whose workers would have to change."""
+        limit = self.inputs.limit
+        if limit is None:
+            return
+        for worker in workers:
+            outside = [rank["host"] for rank in worker["ranks"] if rank["host"] not in limit]
+            kept = self._kept(worker["name"])
+            if outside and kept is not None and kept["ranks"] != worker["ranks"]:
+                typed = ",".join(sorted({*limit, *outside}, key=self._inventory_order))
+                raise UserError(
+                    f"--limit leaves out {listing(dict.fromkeys(outside))}, and {worker['name']} there would change: type -l {typed}"
+                )
 
     def _placement(self) -> List[Placed]:
         hosts, current = [self._host(name) for name in self.worker_hosts], self._current()
@@ -361,6 +412,8 @@ class Planner:
     def make(self) -> Json:
         """Return the plan."""
         self.check_limit()
+        self.check_departed()
+        self.check_flags()
         placed = self._placement()
         self._check_shared_memory(placed)
         involved = list(dict.fromkeys([*(host for w in placed for host, _ in w.ranks), self.router_host]))
@@ -386,6 +439,7 @@ class Planner:
             ]
             url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
             workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
+        self.check_frozen(workers)
         return {
             "schema": 1,
             "ratio": str(self.ratio),

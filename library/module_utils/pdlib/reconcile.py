@@ -288,7 +288,7 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     for name in managers:
         manager: Manager = MANAGERS[name](state_dir, install_dir, "")
         running = sorted(unit for unit, status in manager.status().items())
-        unit_files = list(Systemd.UNITS.glob("pd-*.service")) + list(Systemd.UNITS.glob("pd.target")) if name == "systemd" else []
+        unit_files = manager.own_units() if isinstance(manager, Systemd) else []
         outcome.changed += [f"stopped {unit}" for unit in running]
         if check:
             continue
@@ -303,6 +303,7 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
             outcome.done, outcome.message = False, f"stopping {listing(busy)}"
             return outcome
         for path in unit_files:
+            (Systemd.UNITS / "pd.target.wants" / path.name).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         if unit_files or name == "supervisord":
             manager.shutdown()
@@ -311,7 +312,14 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     if not check:
         processes.kill([p.pid for p in strays], 10.0)
     for folder in folders:
-        if folder.exists():
+        unfetched = sorted((folder / "runs").glob("*/"))
+        if unfetched and not purge:
+            outcome.changed += [f"kept {run}: never fetched" for run in unfetched]
+            if not check:
+                for path in folder.iterdir():
+                    if path.name not in (".pd", "runs"):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif folder.exists():
             outcome.changed.append(f"removed {folder}")
             if not check:
                 _remove_tree(folder)

@@ -130,6 +130,12 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
             f"{variable.name}={shown} ({where}): one of {', '.join(variable.choices)}"
             f"{did_you_mean(str(result), variable.choices)}"
         )
+    if variable.type in ("ints", "list") and not result and variable.default:
+        raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}, and not none at all")
+    if variable.name in ("state_dir", "install_dir") and not result.startswith("/"):
+        raise UserError(f"{variable.name}={shown} ({where}): expected an absolute path")
+    if variable.secret and result.split() != [result]:
+        raise UserError(f"{variable.name} ({where}): expected one word, and it is empty or holds a space")
     numbers = result if variable.type == "ints" else [result]
     for number in numbers if variable.type in ("int", "float", "ints") else []:
         if variable.minimum is not None and number < variable.minimum:
@@ -171,3 +177,22 @@ def cluster_settings(by_host: Mapping[str, Mapping[str, Any]]) -> Dict[str, Any]
     if first is None:
         raise UserError("the inventory has no host")
     return {name: first[1][name] for name, variable in VARIABLES.items() if variable.scope != HOST}
+
+
+def check_state_dirs(by_host: Mapping[str, str]) -> None:
+    """Refuse hosts of one machine (``host`` -> state_dir) that would undo each other's work in one folder."""
+    seen: Dict[str, str] = {}
+    for host, folder in by_host.items():
+        if folder in seen:
+            raise UserError(
+                f"hosts {seen[folder]} and {host} are this machine and share state_dir={folder}: give each its own, "
+                "such as /var/lib/pd-{{ inventory_hostname }} in the inventory"
+            )
+        seen[folder] = host
+
+
+def check_templates(extra: Mapping[str, Any]) -> None:
+    """Refuse templates in ``-e`` values of ours: a deployment keeps them as they stand, and later commands read them."""
+    for name, value in extra.items():
+        if name in VARIABLES and "{{" in str(value):
+            raise UserError(f"-e {name}=...: a template belongs in the inventory or group_vars, not in -e")

@@ -62,7 +62,11 @@ class Venv:
         """Start the installer in the background; it writes the stamp last."""
         self.work.mkdir(parents=True, exist_ok=True)
         target, work = shlex.quote(str(self.folder)), str(self.work)
-        lines = ["#!/bin/sh", "set -e", f"rm -rf {target}", f"{shlex.quote(self.python)} -m venv {target}"]
+        old = shlex.quote(f"{self.folder}.old")
+        # What runs from the old one may still import from it, and gets it back when the new one does not come to be.
+        lines = ["#!/bin/sh", "set -e", f"rm -rf {old}", f"[ ! -e {target} ] || mv {target} {old}"]
+        lines.append(f"trap '[ ! -e {old} ] || {{ rm -rf {target}; mv {old} {target}; }}' EXIT")
+        lines.append(f"{shlex.quote(self.python)} -m venv {target}")
         for step in self.steps:
             name = step.replace("no-deps:", "", 1)
             path = self.work / ("pdbench-0.1.0-py3-none-any.whl" if name == "pdbench" else Path(name).name)
@@ -71,6 +75,7 @@ class Venv:
             deps = "--no-deps " if step.startswith("no-deps:") or path.suffix == ".whl" else ""
             lines.append(f"{target}/bin/python -m pip install --no-input --disable-pip-version-check {deps}{what}")
         lines.append(f"printf %s {self.stamp()} > {target}/.pd-stamp")
+        lines.append(f"rm -rf {old}")
         script = self.work / "install.sh"
         script.write_text("\n".join(lines) + "\n")
         marked = work_dir(self.state_dir, f"install-{self.name}")
