@@ -91,6 +91,13 @@ def test_api_key_guards_and_shows_nowhere(clean: Checkout) -> None:
         if path.is_file() and key.encode() in path.read_bytes():
             assert path.name == "api_key"
             assert path.stat().st_mode & 0o777 == 0o600
+    refused = clean.play("bench.yml", *LOAD)
+    assert refused.code != 0
+    assert "the deployment has an api_key, and bench.yml has none" in " ".join(refused.text.split())
+    # a key can go again
+    clean.play("deploy_pd.yml").good()
+    assert len(clean.ask("/workers")["workers"]) == 4
+    assert not list(clean.folder.glob(".pd/state-*/secrets/api_key"))
 
 
 def test_no_room_for_results_stops_before_the_load(clean: Checkout) -> None:

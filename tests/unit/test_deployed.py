@@ -40,6 +40,20 @@ def test_a_broken_plan_says_what_helps(state: str) -> None:
         deployed.read(state)
 
 
+def test_workers_of_a_host_that_was_torn_down_are_forgotten(state: str) -> None:
+    assert deployed.forget(state, ["n1"], False) is False
+    Path(state).mkdir()
+    ranks = {"a": ["n1"], "b": ["n2"], "c": ["n2", "n1"]}
+    workers = [{"name": name, "ranks": [{"host": host} for host in hosts]} for name, hosts in ranks.items()]
+    deployed.store(state, {"ratio": "2p1d", "workers": workers})
+    assert deployed.forget(state, ["n3"], False) is False
+    assert deployed.forget(state, ["n1"], True) is True
+    assert (deployed.read(state) or {})["workers"] == workers, "check mode"
+    assert deployed.forget(state, ["n1"], False) is True
+    assert deployed.read(state) == {"ratio": "2p1d", "workers": [workers[1]]}
+    assert deployed.forget(state, ["n1"], False) is False
+
+
 def test_the_lock_is_taken_given_back_and_taken_again(state: str) -> None:
     deployed.lock(state, US, [100], False)
     held = deployed.peek(state)

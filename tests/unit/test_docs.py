@@ -24,7 +24,7 @@ MODULES = sorted(path.stem for path in (REPO / "library").glob("*.py"))
 ACTIONS = sorted(path.stem for path in (REPO / "plugins" / "action").glob("*.py"))
 ROLES = sorted(path.name for path in (REPO / "roles").iterdir() if path.is_dir())
 #: what Ansible itself sets, as far as roles use it
-MAGIC = {"inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_limit"}
+MAGIC = {"inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts"}
 
 
 def run(*command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
@@ -152,7 +152,8 @@ def entered() -> set[tuple[str, str]]:
     used: set[tuple[str, str]] = set()
     for path in [*(REPO / "playbooks").glob("*.yml"), *(REPO / "roles").glob("*/tasks/*.yml")]:
         for block in yaml.safe_load(path.read_text()):
-            for task in block.get("tasks", [block]):
+            tasks = [inner for task in block.get("tasks", [block]) for inner in task.get("block", [task])]
+            for task in tasks:
                 for keyword in ("ansible.builtin.import_role", "ansible.builtin.include_role"):
                     if keyword in task:
                         used.add((task[keyword]["name"], task[keyword].get("tasks_from", "main")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -339,7 +340,7 @@ def test_a_pair_that_fails_is_named_with_the_reason(router: FakeRouter, answer: 
     router.answers["/generate"] = answer
     rows = Gateway(router.url, None).probe_pairs(pairs_plan(router.url), 10)
     for row in rows:
-        assert "decode-0: " in row["error"]
+        assert row["error"].startswith((f"{row['prefill']}: ", f"{row['decode']}: ")), "whichever end said so first"
         assert part in row["error"]
 
 
@@ -349,3 +350,15 @@ def test_a_worker_that_is_not_there_is_named(router: FakeRouter) -> None:
     first, second = Gateway(router.url, None).probe_pairs(made, 5)
     assert first["error"].startswith("prefill-0: no answer")
     assert second["error"] == ""
+
+
+def test_the_end_that_failed_is_told_without_waiting_for_the_other(router: FakeRouter) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        made = pairs_plan(router.url)
+        made["workers"][2]["url"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        router.answers["/generate"] = (400, "no such room")
+        rows = Gateway(router.url, None).probe_pairs(made, 20)
+    assert [row["error"] for row in rows] == [f"prefill-{i}: HTTP 400 no such room" for i in (0, 1)]
+    assert max(row["seconds"] for row in rows) < 15

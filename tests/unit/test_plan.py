@@ -342,6 +342,50 @@ def test_a_host_outside_the_limit_keeps_its_workers() -> None:
     assert "it needs n2, too" in message
 
 
+def test_a_host_outside_the_limit_may_not_change_by_its_arguments_either() -> None:
+    before = plan(TWO, "2p2d", prefill=["n1"], decode=["n2"])
+    assert plan(TWO, "2p2d", prefill=["n1"], decode=["n2"], limit=["n1"], current=before)["workers"] == before["workers"]
+    message = refusal(TWO, "2p2d", prefill=["n1"], decode=["n2"], limit=["n1"], current=before, engine_env={"A": "1"})
+    assert "--limit leaves out n2, and decode-0 there would change: type -l n1,n2" in message
+
+
+# ---------------------------------------------------------------- an inventory that changed
+
+
+def test_a_host_that_left_the_inventory_with_workers_is_not_forgotten() -> None:
+    before = plan(TWO, "2p2d", prefill=["n1"], decode=["n2"])
+    message = refusal({"n1": host(1)}, "1p1d", current=before)
+    assert "n2 left the inventory and still runs decode-" in message
+    assert "teardown.yml -l n2" in message
+    idle = plan(TWO, "1p1d", prefill=["n1"], decode=["n1"])
+    plan({"n1": host(1)}, "1p1d", current=idle)
+
+
+def test_the_router_does_not_move_by_itself() -> None:
+    before = plan(TWO, "1p1d")
+    message = refusal(TWO, "1p1d", router=["n2"], current=before)
+    assert "the router of the deployment is on n1, and the inventory now has it on n2" in message
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "wanted"),
+    [
+        ({}, {}, []),
+        ({"gpus": "auto"}, {}, ["n2"]),
+        ({"gpus": None}, {}, ["n2"]),
+        ({"address": None}, {}, ["n2"]),
+        ({"rdma_fabric": "auto"}, {}, ["n2"]),
+        ({"rdma_fabric": "auto"}, {"transfer_backend": "nixl"}, []),
+        ({"rdma_fabric": "auto"}, {"ratio": "2agg"}, []),
+    ],
+)
+def test_what_is_left_to_discover(own: dict[str, Any], options: dict[str, Any], wanted: list[str]) -> None:
+    hosts = {"n1": host(1), "n2": host(2, **own)}
+    assert Planner(inputs(hosts, **options)).left_to_discover() == wanted
+    if not wanted:
+        plan(hosts, **options)
+
+
 # ---------------------------------------------------------------- declared and discovered
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlib import managers, processes, reconcile
+from pdlib import managers, processes, reconcile, units
 from pdlib.errors import UserError
 from pdlib.managers import Status, Supervisord
 from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
@@ -89,10 +89,10 @@ def test_a_first_step_writes_and_starts_and_a_second_changes_nothing(home: Path)
     first = step(home, A, B)
     assert first.done, first.message
     assert {"started pd-prefill-0", "started pd-decode-0", "wrote pd-prefill-0.sh"} <= set(first.changed)
-    before, units = snapshot(home), dict(UNITS)
+    before, running = snapshot(home), dict(UNITS)
     second = step(home, A, B)
     assert (second.done, second.changed, second.diff, CALLS) == (True, [], [], [])
-    assert (snapshot(home), UNITS) == (before, units)
+    assert (snapshot(home), UNITS) == (before, running)
 
 
 def test_only_the_unit_that_changed_is_restarted(home: Path) -> None:
@@ -343,6 +343,25 @@ def test_teardown_removes_what_is_ours_and_works_twice(home: Path) -> None:
     purged = remove_everything(str(home), str(install), ["supervisord"], True, False)
     assert purged.changed == [f"removed {install}"]
     assert [p.name for p in home.parent.iterdir()] == []
+
+
+def test_runs_that_were_never_fetched_outlive_a_teardown_but_not_a_purge(home: Path) -> None:
+    step(home, A)
+    (home / "runs" / "r1").mkdir(parents=True)
+    (home / "runs" / "r1" / "requests.parquet").write_text("x")
+    outcome = remove_everything(str(home), str(home / "none"), ["supervisord"], False, False)
+    assert [line for line in outcome.changed if line.startswith("kept")] == [f"kept {home}/runs/r1: never fetched"]
+    assert set(snapshot(home)) == {".pd", "runs/r1/requests.parquet"}
+    remove_everything(str(home), str(home / "none"), ["supervisord"], True, False)
+    assert not home.exists()
+
+
+def test_systemd_units_of_others_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(managers.Systemd, "UNITS", tmp_path)
+    for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-agent", "")):
+        text = units.systemd_unit(unit(name), folder, "1p1d") if folder else "[Service]\nExecStart=/usr/bin/agent\n"
+        (tmp_path / f"{name}.service").write_text(text)
+    assert [path.stem for path in managers.Systemd("/s/pd", "/i", "").own_units()] == ["pd-ours"]
 
 
 def test_teardown_spares_a_folder_without_our_mark(home: Path) -> None:

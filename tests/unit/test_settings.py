@@ -89,6 +89,9 @@ def test_typed_values(name: str, value: Any, wanted: Any) -> None:
         ("router_policy", "rond_robin", "did you mean round_robin?"),
         ("rdma_fabric", "IB", "one of infiniband, roce, none, auto"),
         ("runtime", "docker", "one of venv, existing"),
+        ("bench_concurrency", "", "not none at all"),
+        ("state_dir", "pd", "expected an absolute path"),
+        ("install_dir", "~/pd", "expected an absolute path"),
     ],
 )
 def test_a_mistake_names_variable_value_place_and_what_is_right(name: str, value: Any, part: str) -> None:
@@ -98,6 +101,13 @@ def test_a_mistake_names_variable_value_place_and_what_is_right(name: str, value
     assert message.startswith(f"{name}={value!r} (host n1, inventory or group_vars): ")
     assert part in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\n", " k"])
+def test_a_key_is_one_word(key: str) -> None:
+    with pytest.raises(UserError, match=r"api_key \(host n1, inventory or group_vars\): expected one word"):
+        convert("api_key", key)
+    assert convert("api_key", "one-w0rd") == "one-w0rd"
 
 
 def test_a_secret_is_not_shown() -> None:
@@ -131,7 +141,7 @@ def test_any_value_is_converted_or_refused_in_words(name: str, value: Any) -> No
     else:
         message = ""
     if message:
-        assert message.startswith(f"{name}=")
+        assert message.startswith((f"{name}=", f"{name} ("))
         return
     assert convert(name, result) == result, "what was converted converts to itself"
     if variable.choices and result is not None:
@@ -173,6 +183,18 @@ def test_extra_vars_are_strict() -> None:
 def test_inventory_names_close_to_ours_are_refused(wrong: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"host n2 sets {wrong}, which does nothing; did you mean {meant}\?"):
         settings.check_inventory_names({"n1": ["address"], "n2": ["gpus", wrong]})
+
+
+def test_hosts_of_one_machine_have_state_dirs_of_their_own() -> None:
+    settings.check_state_dirs({"a": "/var/lib/pd-a", "b": "/var/lib/pd-b"})
+    with pytest.raises(UserError, match="hosts a and c are this machine and share state_dir=/pd: give each its own"):
+        settings.check_state_dirs({"a": "/pd", "b": "/pd-b", "c": "/pd"})
+
+
+def test_templates_are_not_taken_from_the_command_line() -> None:
+    settings.check_templates({"model": "a/b", "ansible_user": "{{ me }}"})
+    with pytest.raises(UserError, match=r"-e model=\.\.\.: a template belongs in the inventory"):
+        settings.check_templates({"model": "{{ site }}/b"})
 
 
 def test_inventory_names_of_the_users_own_are_not_our_business() -> None:

@@ -105,6 +105,26 @@ def test_a_failure_carries_the_end_of_the_log_and_the_next_try_begins_anew(machi
     assert machine.step({"a.txt": "good now"}).done
 
 
+def test_what_was_there_is_back_when_the_new_one_does_not_come_to_be(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.finish({"a.txt": "one"})
+    before = machine.asked()
+    machine.step({"a.txt": "broken"})
+    with pytest.raises(UserError, match="did not install"):
+        machine.step({"a.txt": "broken"}, resumed=True)
+    assert machine.asked() == before
+    assert machine.step({"a.txt": "one"}).changed == [], "it is as it was"
+    monkeypatch.setattr(venvs, "STEP_S", 0.1)
+    machine.step({"a.txt": "slow"})
+    working = processes.ours(str(machine.state), "install-engine")
+    processes.kill([p.pid for p in working], 5)
+    monkeypatch.setattr(venvs, "STEP_S", 10.0)
+    machine.step({"a.txt": "broken"})
+    with pytest.raises(UserError, match="did not install"):
+        machine.step({"a.txt": "broken"}, resumed=True)
+    assert machine.asked() == before, "also when an installer was killed in between"
+    assert not (machine.install / "engine.old").exists()
+
+
 def test_progress_says_what_the_installer_says(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(venvs, "STEP_S", 0.4)
     outcome = machine.step({"a.txt": "slow: Collecting torch (from -r a.txt)"})

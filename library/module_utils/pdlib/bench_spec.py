@@ -89,8 +89,6 @@ def make(
         if not path.is_file():
             raise UserError(f"bench_trace={trace}: there is no such file on the controller")
         trace = str(path)
-    if not cluster["bench_request_rate"] and not cluster["bench_concurrency"]:
-        raise UserError("bench_concurrency is empty: give requests in flight such as 32 or 32,64, or bench_request_rate")
     points = len(cluster["bench_request_rate"] or cluster["bench_concurrency"])
     tokens = cluster["bench_max_output_len"] or (1000 if trace else _longest(cluster["bench_output_len"]))
     needed = points * cluster["bench_num_requests"] * (_BYTES_PER_REQUEST + tokens * _BYTES_PER_TOKEN)

@@ -64,8 +64,10 @@ class Venv:
         target, work = shlex.quote(str(self.folder)), str(self.work)
         old = shlex.quote(f"{self.folder}.old")
         # What runs from the old one may still import from it, and gets it back when the new one does not come to be.
-        lines = ["#!/bin/sh", "set -e", f"rm -rf {old}", f"[ ! -e {target} ] || mv {target} {old}"]
-        lines.append(f"trap '[ ! -e {old} ] || {{ rm -rf {target}; mv {old} {target}; }}' EXIT")
+        back = shlex.quote(f"[ ! -e {old} ] || {{ rm -rf {target}; mv {old} {target}; }}")
+        # An old one that is there already was left by an installer that was killed: it is the whole one of the two.
+        aside = f"if [ -e {old} ]; then rm -rf {target}; elif [ -e {target} ]; then mv {target} {old}; fi"
+        lines = ["#!/bin/sh", "set -e", aside, f"trap {back} EXIT"]
         lines.append(f"{shlex.quote(self.python)} -m venv {target}")
         for step in self.steps:
             name = step.replace("no-deps:", "", 1)
