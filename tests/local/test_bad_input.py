@@ -108,7 +108,7 @@ def test_a_limit_does_not_pretend_to_change_what_it_leaves_out(checkout: Checkou
         checkout.play("deploy_pd.yml").good()
         refused = checkout.play("deploy_pd.yml", "-l", "a100", "-e", '{"engine_env": {"X": "1"}}')
         assert refused.code != 0
-        assert "--limit leaves out gh200, and prefill-0 there would change: type -l a100,gh200" in " ".join(refused.text.split())
+        assert "--limit leaves out gh200, and prefill-0 there would change: type -l gh200,a100" in " ".join(refused.text.split())
         # what a limited teardown stopped is no longer counted on
         checkout.play("teardown.yml", "-l", "gh200").good()
         checkout.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=1p1d").good()

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--scrape-interval", type=float, default=5.0, metavar="S", help="servers' /metrics; 0 is off (default: 5)")
     load = p.add_argument_group("load")
-    load.add_argument("--concurrency", metavar="N[,N]", help="closed loop: requests in flight; beside a rate: of the warm-up")
+    load.add_argument("--concurrency", metavar="N[,N]", help="closed loop: requests in flight")
     load.add_argument("--request-rate", metavar="R[,R]", help="open loop: requests/s, sent on time whatever the server does")
     load.add_argument("--arrival", choices=ARRIVALS, help="of an open loop (default: poisson)")
     load.add_argument("--num-requests", type=int, metavar="N", help="measured requests at each load point")

@@ -21,7 +21,7 @@ def make(plan: Mapping[str, Any], settings: Mapping[str, Any], about: Mapping[st
         if row.scope in (CLUSTER, BENCH) and not row.secret:
             variables[name] = value
     variables.update(plan["overrides"])
-    variables["ratio"] = plan["ratio"]
+    variables.update({"ratio": plan["ratio"], "engine_version": plan["engine_version"]})
     if settings.get("run_label"):
         variables["run_label"] = settings["run_label"]
     return {**variables, "manifest": dict(about)}

@@ -147,6 +147,9 @@ class Planner:
         host, found = self.inputs.hosts[name], self.inputs.discovered.get(name, {}).get("rdma")
         fabric, devices = host["rdma_fabric"], host["rdma_devices"]
         excluded = set(host["rdma_devices_excluded"])
+        if fabric == "none":
+            # Declared so: whatever cards the host has, the KV cache is not to use them.
+            return Link(fabric="none", devices=())
         if devices and excluded & set(devices):
             both = listing(sorted(excluded & set(devices)))
             raise UserError(f"host {name}: {both} stands in rdma_devices and in rdma_devices_excluded")
@@ -162,7 +165,7 @@ class Planner:
                 fabric = kinds.pop() if len(kinds) == 1 else "auto"
             elif fabric not in kinds:
                 raise UserError(f"host {name}: rdma_fabric={fabric}, and its devices are on {listing(sorted(kinds))}")
-        return Link(fabric=fabric, devices=tuple(devices or ()) if fabric != "none" else ())
+        return Link(fabric=fabric, devices=tuple(devices or ()))
 
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use real accelerators, so that these are looked for on it."""
