@@ -39,12 +39,14 @@ def cluster_of(made: dict[str, Any], inventory: dict[str, Any]) -> dict[str, Any
 def test_a_manifest_as_extra_vars_gives_the_same_settings(chosen: set[str], elsewhere: set[str]) -> None:
     """Also when the inventory has changed since: what the run had wins."""
     given_in = inputs({"n1": host(1, gpus=8)}, **{"ratio": "1p1d", **{name: CHANGES[name] for name in chosen}})
-    made = manifest.make(make_plan(given_in), given_in.cluster, {"git": "abc"})
+    plan = make_plan(given_in)
+    ran = {**given_in.cluster, "engine_version": plan["engine_version"]}
+    made = manifest.make(plan, given_in.cluster, {"git": "abc"})
     made = json.loads(json.dumps(made))
     again = cluster_of(made, {name: CHANGES[name] for name in elsewhere})
     for name, row in VARIABLES.items():
         if row.scope in (CLUSTER, BENCH) and not row.secret:
-            assert again[name] == given_in.cluster[name], name
+            assert again[name] == ran[name], name
     if "run_label" in chosen:
         assert again["run_label"] == "a label"
     assert made["manifest"] == {"git": "abc"}

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -515,3 +516,11 @@ def test_an_inventory_has_a_short_name_of_its_own(tmp_path: Path) -> None:
     assert other.startswith("local-")
     assert one != other
     assert make_plan(inputs(TWO)) == make_plan(inputs(TWO))
+
+
+def test_a_fabric_declared_none_leaves_the_hosts_cards_unused() -> None:
+    found = {"mlx5_0": {"port": 1, "state": "ACTIVE", "fabric": "infiniband"}}
+    asked = inputs({"n1": host(1, gpus=4, rdma_fabric="none")}, ratio="1p1d")
+    seen = {"n1": {"gpus": [0, 1, 2, 3], "rdma": found, "addresses": [asked.hosts["n1"]["address"]]}}
+    made = make_plan(replace(asked, discovered=seen))
+    assert made["hosts"]["n1"]["rdma_devices"] == []

@@ -147,12 +147,12 @@ class Planner:
         host, found = self.inputs.hosts[name], self.inputs.discovered.get(name, {}).get("rdma")
         fabric, devices = host["rdma_fabric"], host["rdma_devices"]
         excluded = set(host["rdma_devices_excluded"])
-        if fabric == "none":
-            # Declared so: whatever cards the host has, the KV cache is not to use them.
-            return Link(fabric="none", devices=())
         if devices and excluded & set(devices):
             both = listing(sorted(excluded & set(devices)))
             raise UserError(f"host {name}: {both} stands in rdma_devices and in rdma_devices_excluded")
+        if fabric == "none":
+            # Declared so: whatever cards the host has, the KV cache is not to use them.
+            return Link(fabric="none", devices=())
         if found is not None:
             active = {dev: port for dev, port in found.items() if port["state"] == "ACTIVE" and dev not in excluded}
             wrong = [dev for dev in devices or [] if dev not in active]
