@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import json
 import os
 import socket
@@ -45,6 +46,8 @@ class ActionModule(ActionBase):
         verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
         extra = dict(load_extra_vars(loader=self._loader))
         settings.check_extra_vars(extra)
+        if verb == "bench" and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
+            raise UserError("bench.yml judges and plots runs with pdbench, which this Ansible's Python has not: make setup")
         groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .errors import UserError, did_you_mean
 from .units import KEY_FILE, KEY_LAUNCHER
@@ -86,8 +86,8 @@ def _sglang_env(c: WorkerContext) -> Dict[str, str]:
     return env
 
 
-def _sglang_command(c: WorkerContext) -> List[str]:
-    module = "sglang.launch_server"
+def _run_module(module: str, c: Union[WorkerContext, RouterContext]) -> List[str]:
+    """Return argv that runs a Python module which takes a key only in argv; the launcher keeps it out of there."""
     if c.api_key:
         return [c.python, f"{c.state_dir}/{KEY_LAUNCHER}", f"{c.state_dir}/{KEY_FILE}", "--api-key", module]
     return [c.python, "-m", module]
@@ -145,7 +145,7 @@ ENGINES: Dict[str, Engine] = {
         owned=_SGLANG_OWNED,
         flags=_sglang_flags,
         env=_sglang_env,
-        command=_sglang_command,
+        command=lambda c: _run_module("sglang.launch_server", c),
         # /ready is new; /health generates a token, so it takes a second or more
         health_path=lambda version: "/health" if version == "0.5.17" else "/ready",
         requirements=lambda version: [
@@ -208,13 +208,6 @@ class Router:
     members: Callable[[RouterContext], List[str]]
 
 
-def _router_command(c: RouterContext) -> List[str]:
-    module = "sglang_router.launch_router"
-    if c.api_key:
-        return [c.python, f"{c.state_dir}/{KEY_LAUNCHER}", f"{c.state_dir}/{KEY_FILE}", "--api-key", module]
-    return [c.python, "-m", module]
-
-
 def _router_flags(c: RouterContext) -> Dict[str, Any]:
     flags: Dict[str, Any] = {"host": c.listen, "port": c.port}
     flags.update({"prometheus-host": c.listen, "prometheus-port": c.prometheus_port, "policy": c.policy})
@@ -246,7 +239,7 @@ ROUTERS: Dict[str, Router] = {
         name="sglang-router",
         version="0.3.2",
         requirements=("requirements/router-sglang-router.txt",),
-        command=_router_command,
+        command=lambda c: _run_module("sglang_router.launch_router", c),
         flags=_router_flags,
         members=_router_members,
         owned={
