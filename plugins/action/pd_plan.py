@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,14 @@ class ActionModule(ActionBase):
                 display.display(f"\n{listing(open_hosts)}: the inventory leaves things open that are looked for there\n")
                 facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
                 return {"changed": False, **facts, **self._common(cluster)}
-            made = planner.make()
+            try:
+                made = planner.make()
+            except UserError:
+                if discovered or not current or verb == "plan":
+                    raise
+                # The controller's copy may be out of date: what is wrong without it is wrong, all else is for the second
+                # look, which asks the router's host.
+                made = plan.Planner(replace(inputs, current=None)).make()
             if verb == "bench":
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
             facts["pd_plan"] = made

@@ -268,3 +268,10 @@ def test_nothing_stands_outside_the_picture(hosts: int, gpus: int) -> None:
     for path in (node for node in svg.iter() if node.get("class", "").startswith("kv")):
         lanes = [float(x) for x in re.findall(r"H(\d+)", path.get("d", ""))]
         assert all(x <= width for x in lanes)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_on_a_cpu_says_that_no_gpu_was_used(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    run.plan["on_cpu"] = True
+    assert "The engine ran on a CPU: these figures say nothing about hardware" in report(run, tmp_path).said

@@ -70,8 +70,8 @@ def table(run: RunData, checks: list[Check]) -> list[str]:
             where = f"{run.points[_place(run, check.point)].label}: " if check.point is not None else ""
             lines.append(f"  FAIL  {name:<{width}}  {where}{check.message}")
     failed = [check for check in checks if not check.ok]
-    if run.emulated:
-        lines.append("  note  the engine was emulated: no GPU was used")
+    if run.no_gpu:
+        lines.append(f"  note  {run.no_gpu}: no GPU was used")
     lines.append("VALID" if not failed else f"INVALID: {len(failed)} of {len(checks)} checks failed")
     return lines
 

@@ -101,6 +101,13 @@ class RunData:
         return self.plan.get("emulated") is True
 
     @property
+    def no_gpu(self) -> str:
+        """Say why no GPU took part, "" where GPUs did; what the plan calls a GPU is a slot then."""
+        if self.emulated:
+            return "the engine was emulated"
+        return "the engine ran on a CPU" if self.plan.get("on_cpu") is True else ""
+
+    @property
     def workers(self) -> list[Json]:
         """Return the plan's workers."""
         return list(self.plan.get("workers", []))

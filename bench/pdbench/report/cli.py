@@ -14,7 +14,7 @@ from pdbench.report.look import LIGHT
 from pdbench.report.page import render
 
 REPORT = "report.html"
-_EMULATED = "emulated engine: no GPU was used, these figures say nothing about hardware"
+_NO_GPU = "no GPU was used, these figures say nothing about hardware"
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +45,7 @@ def make(folder: Path) -> Path:
     """Write the plots and the page into a run's folder and return the page's path. Raise NotARun, OSError."""
     run = load(folder)
     verdict = words.verdict(run)
-    sheet = Sheet(run.points, LIGHT, verdict.stamp, _EMULATED if run.emulated else "")
+    sheet = Sheet(run.points, LIGHT, verdict.stamp, f"{run.no_gpu}: {_NO_GPU}" if run.no_gpu else "")
     light = {}
     for name in FIGURES:
         png, light[name] = draw(name, sheet, "png", "svg")

@@ -449,6 +449,7 @@ class Planner:
             "engine": self.engine.name,
             "engine_version": self.version,
             "emulated": self.engine.emulated,
+            "on_cpu": any(on_cpu.values()),
             "model": self.model,
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,

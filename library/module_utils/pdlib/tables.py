@@ -25,7 +25,7 @@ def workers(plan: Mapping[str, Any]) -> str:
     router = plan["router"]
     rows.append(["router", router["host"], "", f"{router['listen']}:{router['port']}", "", ""])
     lines = [table(["worker", "host", "GPUs", "listens on", "bootstrap", "RDMA"], rows)]
-    emulated = " (emulated: no GPU is used)" if plan["emulated"] else ""
+    emulated = " (emulated: no GPU is used)" if plan["emulated"] else " (on CPU: no GPU is used)" if plan["on_cpu"] else ""
     lines.append(f"{plan['ratio']}, {plan['engine']} {plan['engine_version']}{emulated}, {plan['model']}, {router['name']}")
     if plan["pairs"]:
         kinds = sorted({pair["expected_transport"] for pair in plan["pairs"]})
