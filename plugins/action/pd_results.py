@@ -60,7 +60,16 @@ class ActionModule(ActionBase):
     def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
         archive = results / ".incoming" / f"{run['run_id']}.tar.gz"
         with tarfile.open(archive) as tar:
-            tar.extractall(results, filter="data")
+            # The client host made the archive: nothing in it may land outside the run's folder.
+            for member in tar.getmembers():
+                inside = (results / member.name).resolve().is_relative_to((results / run["run_id"]).resolve())
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise AnsibleActionFail(f"{archive} holds {member.name}, which no run has; it was not unpacked")
+            # Python before 3.11.4 has no filters.
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(results, filter="data")
+            else:
+                tar.extractall(results)
         archive.unlink()
         if run["found"] != "watched":
             folder = results / run["run_id"]
