@@ -1,0 +1,199 @@
+"""A whole deployment in virtual time: the workers of `pdbench.model.scheduler`, a router, a load.
+
+What `pdbench emulate` does over sockets and against the wall clock happens here as calls, at the same times.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count, cycle
+
+from pdbench.model.radix import pack
+from pdbench.model.rates import Rates
+from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Worker
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a client sends: lengths in tokens; `ids` only where prefixes are shared. `due` in s, for an open loop."""
+
+    prompt_tokens: int
+    output_tokens: int
+    due: float = 0.0
+    ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What a client sees of one prompt; times in s of the run. `failed` says why it was refused."""
+
+    prompt: Prompt
+    sent: float
+    tokens: list[float] = field(default_factory=list)
+    cached_tokens: int = 0
+    retractions: int = 0
+    failed: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Return the time to first token."""
+        return self.tokens[0] - self.sent
+
+    @property
+    def end(self) -> float:
+        """Return when the last token came."""
+        return self.tokens[-1]
+
+
+@dataclass
+class Deployment:
+    """Prefill and decode workers, or aggregated ones; `transport(prefill index, decode index)` names the way between two."""
+
+    prefill: list[Worker] = field(default_factory=list)
+    decode: list[Worker] = field(default_factory=list)
+    aggregated: list[Worker] = field(default_factory=list)
+    transport: Callable[[int, int], str] = lambda prefill, decode: "cuda_ipc"
+
+
+def limits(rates: Rates, *, prefix_cache: bool = False) -> Limits:
+    """Return a worker's limits as its profile has them."""
+    engine = rates.profile.engine
+    return Limits(
+        capacity=rates.capacity_tokens(),
+        max_running=engine.max_running_requests,
+        chunk=engine.chunked_prefill_tokens,
+        reserved=engine.reserved_decode_tokens,
+        prefix_cache=prefix_cache,
+    )
+
+
+def deployment(rates: Rates, prefill: int, decode: int, aggregated: int = 0, **others: Callable[[int, int], str]) -> Deployment:
+    """Return like workers in a ratio."""
+    own = limits(rates)
+
+    def some(number: int) -> list[Worker]:
+        return [Worker(rates, own) for _ in range(number)]
+
+    return Deployment(some(prefill), some(decode), some(aggregated), **others)
+
+
+class Simulation:
+    """One run of a deployment under a load; workers must be idle at the start."""
+
+    def __init__(self, cluster: Deployment, *, message_s: float = 0.0, warm: bool = True) -> None:
+        """`message_s`: how long a word between two workers takes; `warm`: every pair has been used before."""
+        self._cluster, self._message_s = cluster, message_s
+        for sender in cluster.prefill if warm else ():
+            for place in range(len(cluster.decode)):
+                sender.connect(f"decode-{place}")
+        self._workers = [*cluster.prefill, *cluster.decode, *cluster.aggregated]
+        self._calls: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        self._prefill_turn, self._decode_turn = cycle(range(len(cluster.prefill) or 1)), cycle(range(len(cluster.decode) or 1))
+        self._aggregated_turn = cycle(range(len(cluster.aggregated) or 1))
+        self._on_done: Callable[[float], None] | None = None
+        self.now = 0.0
+
+    def open_loop(self, prompts: Sequence[Prompt]) -> list[Outcome]:
+        """Send every prompt when it is due; return one outcome a prompt, in their order."""
+        outcomes = [Outcome(prompt, prompt.due) for prompt in prompts]
+        for outcome in outcomes:
+            self._call(outcome.sent, lambda at, outcome=outcome: self._send(at, outcome))  # type: ignore[misc]
+        self._run()
+        return outcomes
+
+    def closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Outcome]:
+        """Keep `concurrency` prompts in flight; return one outcome a prompt, in their order."""
+        outcomes = [Outcome(prompt, 0.0) for prompt in prompts]
+        left = iter(outcomes)
+
+        def one_more(at: float) -> None:
+            outcome = next(left, None)
+            if outcome is not None:
+                outcome.sent = at
+                self._send(at, outcome)
+
+        self._on_done = one_more
+        for _ in range(min(concurrency, len(prompts))):
+            self._call(0.0, one_more)
+        self._run()
+        return outcomes
+
+    def _call(self, at: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._calls, (at, next(self._order), action))
+
+    def _run(self) -> None:
+        """Go from event to event; at equal times, what workers do comes before what reaches them."""
+        while True:
+            worker = min(self._workers, key=lambda one: one.next_at)
+            at = worker.next_at
+            call = self._calls[0][0] if self._calls else FOREVER
+            if at == call == FOREVER:
+                return
+            self.now = max(self.now, min(at, call))
+            if at <= call:
+                for event in worker.advance(self.now):
+                    self._route(event)
+            else:
+                _, _, action = heapq.heappop(self._calls)
+                action(self.now)
+
+    def _send(self, now: float, outcome: Outcome) -> None:
+        prompt, cluster = outcome.prompt, self._cluster
+        ids = pack(prompt.ids) if prompt.ids else b""
+        try:
+            if cluster.aggregated:
+                own = Request("local", prompt.prompt_tokens, prompt.output_tokens, ids, tag=_Trip(outcome, None, None, None))
+                cluster.aggregated[next(self._aggregated_turn)].submit(now, own)
+                return
+            here, there = next(self._prefill_turn), next(self._decode_turn)
+            way = cluster.transport(here, there)
+            trip = _Trip(outcome, None, cluster.prefill[here], cluster.decode[there])
+            sender = Request("send", prompt.prompt_tokens, 1, ids, f"decode-{there}", way, trip)
+            receiver = Request("receive", prompt.prompt_tokens, prompt.output_tokens, b"", f"prefill-{here}", way, trip)
+            trip.pair = (sender, receiver)
+            cluster.decode[there].submit(now, receiver)
+            cluster.prefill[here].submit(now, sender)
+        except ValueError as refusal:
+            outcome.failed = str(refusal)
+            self._done(now)
+            return
+        self._call(now + self._message_s, lambda at: cluster.decode[there].found(at, receiver))
+
+    def _route(self, event: Event) -> None:
+        trip = event.request.tag
+        assert isinstance(trip, _Trip)
+        if event.kind == "token":
+            if event.request.way == "send":
+                return
+            trip.outcome.tokens.append(event.at)
+            if event.index == event.request.output_tokens - 1:
+                computed = trip.pair[0] if trip.pair else event.request
+                trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, event.request.retractions
+                self._call(event.at, self._done)
+            return
+        assert trip.pair
+        assert trip.prefill
+        assert trip.decode
+        sender, receiver = trip.pair
+        prefill, decode = trip.prefill, trip.decode
+        if event.kind == "granted":
+            self._call(event.at + self._message_s, lambda at: prefill.grant(at, sender))
+        else:
+            self._call(event.at + self._message_s, lambda at: decode.deliver(at, receiver, sender.sent_bytes))
+
+    def _done(self, now: float) -> None:
+        if self._on_done:
+            self._on_done(now)
+
+
+@dataclass
+class _Trip:
+    """Who has to do with one prompt."""
+
+    outcome: Outcome
+    pair: tuple[Request, Request] | None
+    prefill: Worker | None
+    decode: Worker | None

@@ -1,0 +1,563 @@
+"""One worker's scheduler as a state machine: what SGLang 0.5.23 does with requests, given how long each step takes.
+
+It never sleeps and reads no clock: whoever drives it tells the time. Every call takes `now` in seconds on the driver's clock;
+`advance(now)` lets everything happen that was due until then, each at its own time, so that a driver that wakes up late gets the
+same schedule as one that does not. `next_at` says when to call again.
+
+What it follows:
+
+- prefill before decode, first in first out, chunked prefill: `Scheduler._get_new_batch_prefill`, `PrefillAdder`;
+- admission by memory, with a new-token ratio that decays: `NewTokenRatioTracker`;
+- retraction of the requests with the fewest outputs: `ScheduleBatch.retract_decode`;
+- decode pre-allocation with reserved tokens: `DecodePreallocQueue.pop_preallocated`;
+- KV sent chunk by chunk while the next chunk computes: `send_kv_chunk`;
+- a prefix cache on workers that compute prompts; one front-end process through which every request and token goes.
+
+Left out: overlap of steps with scheduling, speculative decoding, priorities, the time to restore a retracted request's KV, and
+the prefix that a finished answer adds to the cache.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from pdbench.model.radix import Node, RadixCache
+from pdbench.model.rates import Rates
+
+#: SGLang's environ.py and schedule_policy.py
+INIT_NEW_TOKEN_RATIO = 0.7
+MIN_NEW_TOKEN_RATIO = 0.7 * 0.14
+RATIO_DECAY = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / 600
+RETRACT_STEPS = 20
+CLIP_MAX_NEW_TOKENS = 4096
+
+#: `local`: prefill and decode here; `send`: prefill here, KV goes to a decode worker; `receive`: KV comes from a prefill worker.
+Way = Literal["local", "send", "receive"]
+State = Literal[
+    "frontend", "bootstrap", "prealloc", "transfer", "waiting", "prefill", "sending", "ready", "running", "retracted", "done"
+]
+FOREVER = float("inf")
+
+
+class Request:
+    """One prompt on one worker. `prompt` is packed token ids, or empty where no prefix cache looks at it."""
+
+    __slots__ = (
+        *("arrived", "base", "cached", "computed", "entered", "generated", "matched", "node", "output_tokens", "own", "peer"),
+        *("prompt", "prompt_tokens", "retractions", "sent_bytes", "state", "tag", "transport", "way"),
+    )
+
+    def __init__(
+        self,
+        way: Way,
+        prompt_tokens: int,
+        output_tokens: int,
+        prompt: bytes = b"",
+        peer: str = "",
+        transport: str = "",
+        tag: object = None,
+    ) -> None:
+        """Give lengths in tokens; `peer` and `transport` are needed to send or receive; `tag` is the driver's own."""
+        self.way, self.prompt_tokens, self.output_tokens, self.prompt = way, prompt_tokens, output_tokens, prompt
+        self.peer, self.transport, self.tag = peer, transport, tag
+        self.state: State = "frontend"
+        self.arrived = self.entered = 0.0
+        self.generated = self.own = self.base = self.computed = self.cached = self.retractions = self.sent_bytes = 0
+        self.matched = False
+        self.node: Node | None = None
+
+    @property
+    def context(self) -> int:
+        """Return the tokens whose KV it needs."""
+        return self.prompt_tokens + self.generated
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that leaves the worker at time `at`.
+
+    `token`: output token `index` reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last KV left
+    the prefill; `value` is then how long the transfer took, in seconds, from the end of the last chunk's computation.
+    """
+
+    at: float
+    kind: Literal["token", "granted", "sent"]
+    request: Request
+    index: int = 0
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over the model: `tokens` are those computed, `context` those that were in the cache."""
+
+    start: float
+    end: float
+    kind: Literal["prefill", "decode"]
+    requests: int
+    tokens: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a worker was started with; `capacity` is in tokens of KV cache."""
+
+    capacity: int
+    max_running: int
+    chunk: int
+    reserved: int
+    prefix_cache: bool
+
+
+class Worker:
+    """One worker; see the module's text."""
+
+    def __init__(self, rates: Rates, limits: Limits) -> None:
+        """Start idle, at any time."""
+        self.rates, self.limits = rates, limits
+        self.cache = RadixCache()
+        self.own_tokens = 0
+        self.states: Counter[State] = Counter()
+        self.slow_down_s = 0.0
+        self.link_factor: Callable[[str], float] = lambda peer: 1.0
+        self.on_step: Callable[[Step], None] | None = None
+        self.retracted = self.hit_tokens = self.asked_tokens = 0
+        self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
+        self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
+        self._frontend_free = -FOREVER
+        self._tokens: deque[Event] = deque()  # on their way through the front end, in order of time
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        self._out: list[Event] = []
+        self._waiting: deque[Request] = deque()
+        self._prealloc: deque[Request] = deque()
+        self._ready: deque[Request] = deque()
+        self._retracted: deque[Request] = deque()
+        self._chunked: Request | None = None
+        self._running: list[Request] = []
+        self._joining: list[Request] = []
+        self._context = 0
+        self._busy = False
+        self._ratio = INIT_NEW_TOKEN_RATIO
+        self._egress_free: dict[str, float] = {}
+        self._ingress_free: dict[str, float] = {}
+        self._connected: dict[str, float] = {}
+
+    # ---- what the driver calls
+
+    def submit(self, now: float, request: Request) -> None:
+        """Take a request. One that could never fit raises ValueError."""
+        need = request.prompt_tokens + (0 if request.way == "send" else request.output_tokens)
+        if need > self.limits.capacity:
+            raise ValueError(f"the request needs {need} tokens of KV cache, and the worker has {self.limits.capacity}")
+        self._catch_up(now)
+        request.arrived = now
+        self.states["frontend"] += 1
+        if not self._frontend_request:
+            return self._enter(now, request)
+        self._frontend_free = max(self._frontend_free, now) + self._frontend_request
+        self._at(self._frontend_free, lambda at: self._enter(at, request))
+        return None
+
+    def grant(self, now: float, request: Request) -> None:
+        """Prefill: the decode worker has memory for this request."""
+        self._catch_up(now)
+        if request.state == "frontend":
+            request.matched = True
+        elif request.state == "bootstrap":
+            self._set(request, "waiting")
+            self._waiting.append(request)
+            self._kick(now)
+
+    def found(self, now: float, request: Request) -> None:
+        """Decode: the prefill worker knows of this request."""
+        self._catch_up(now)
+        request.matched = True
+        if request.state == "prealloc":
+            self._kick(now)
+
+    def deliver(self, now: float, request: Request, size: int) -> None:
+        """Decode: the last of `size` bytes of KV left the prefill worker; it is here when the own link has taken it."""
+        self._catch_up(now)
+        if request.state != "transfer":
+            return
+        key = request.transport
+        took = self.rates.transfer_s(size, key) * self.link_factor(request.peer)
+        here = max(now, self._ingress_free.get(key, -FOREVER) + took)
+        self._ingress_free[key] = here
+        self._at(here, lambda at: self._arrived(at, request))
+
+    def abort(self, now: float, request: Request) -> None:
+        """Forget a request, whatever it is doing; the step that computes it goes on without it."""
+        self._catch_up(now)
+        if request.state == "done":
+            self._tokens = deque(event for event in self._tokens if event.request is not request)
+            return
+        for queue in (self._waiting, self._prealloc, self._ready, self._retracted):
+            if request in queue:
+                queue.remove(request)
+        if request is self._chunked:
+            self._chunked = None
+        if request in self._running:
+            self._running.remove(request)
+            self._context -= request.context
+        self._finish(request)
+        self._tokens = deque(event for event in self._tokens if event.request is not request)
+        self._kick(now)
+
+    def advance(self, now: float) -> list[Event]:
+        """Let everything happen that is due until `now`; return what leaves the worker, roughly in order of time."""
+        self._catch_up(now)
+        while self._tokens and self._tokens[0].at <= now:
+            self._out.append(self._tokens.popleft())
+        out, self._out = self._out, []
+        return out
+
+    @property
+    def next_at(self) -> float:
+        """Return when something will happen by itself (inf: nothing will)."""
+        if self._out:
+            return -FOREVER
+        one = self._events[0][0] if self._events else FOREVER
+        return min(one, self._tokens[0].at) if self._tokens else one
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is here."""
+        return not any(self.states.values()) and not self._tokens
+
+    @property
+    def used(self) -> int:
+        """Return the tokens of KV cache in use by requests; what only the prefix cache holds is not."""
+        return self.own_tokens + self.cache.locked
+
+    @property
+    def pending_tokens(self) -> int:
+        """Return the prompt tokens that wait for memory on a decode worker."""
+        return sum(request.prompt_tokens for request in self._prealloc)
+
+    def connect(self, peer: str) -> None:
+        """Take the connection to a decode worker for made, as after the first request of a pair."""
+        self._connected[peer] = -FOREVER
+
+    def flush(self) -> int:
+        """Drop the prefix cache; return the tokens."""
+        return self.cache.clear()
+
+    # ---- inside
+
+    def _catch_up(self, now: float) -> None:
+        while self._events and self._events[0][0] <= now:
+            at, _, action = heapq.heappop(self._events)
+            action(at)
+
+    def _set(self, request: Request, state: State) -> None:
+        self.states[request.state] -= 1
+        request.state = state
+        if state != "done":
+            self.states[state] += 1
+
+    def _at(self, at: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at, next(self._order), action))
+
+    def _enter(self, now: float, request: Request) -> None:
+        """Leave the front end for the scheduler."""
+        if request.state == "done":
+            return
+        request.entered = now
+        if request.way == "receive":
+            self._set(request, "prealloc")
+            self._prealloc.append(request)
+        elif request.way == "send" and not request.matched:
+            self._set(request, "bootstrap")
+            return
+        else:
+            self._set(request, "waiting")
+            self._waiting.append(request)
+        self._kick(now)
+
+    def _emit(self, at: float, request: Request) -> None:
+        index = request.generated
+        request.generated += 1
+        if self._frontend_token:
+            self._frontend_free = max(self._frontend_free, at) + self._frontend_token
+            at = self._frontend_free
+        self._tokens.append(Event(at, "token", request, index))
+
+    def _finish(self, request: Request) -> None:
+        self._set(request, "done")
+        self._release(request)
+
+    # ---- memory
+
+    def _take(self, tokens: int) -> None:
+        """Hold `tokens` more; whoever calls has made sure that they are there."""
+        self.own_tokens += tokens
+        lacking = self.own_tokens + self.cache.total - self.limits.capacity
+        if lacking > 0:
+            self.cache.evict(lacking)
+
+    def _free(self) -> int:
+        """Return the tokens that can be had, those of the prefix cache that nobody runs on included."""
+        return self.limits.capacity - self.own_tokens - self.cache.locked
+
+    def _release(self, request: Request) -> None:
+        self.own_tokens -= request.own
+        request.own = 0
+        request.base = request.computed = 0
+        if request.node is not None:
+            self.cache.unlock(request.node)
+            request.node = None
+
+    def _look_up(self, request: Request) -> None:
+        """Find the part of the prompt that is in the cache; the last token is always computed, for its logits."""
+        if request.node is not None or not (self.limits.prefix_cache and request.prompt):
+            return
+        node, known = self.cache.match(request.prompt[: 4 * (request.prompt_tokens - 1)])
+        self.cache.lock(node)
+        request.node, request.base, request.computed = node, known, known
+
+    def _remember(self, request: Request) -> None:
+        """Hand the prompt's KV over to the prefix cache; what it had already is held once only."""
+        if not (self.limits.prefix_cache and request.prompt):
+            return
+        node, _ = self.cache.insert(request.prompt)
+        self.cache.lock(node)
+        mine = request.prompt_tokens - request.base
+        if request.node is not None:
+            self.cache.unlock(request.node)
+        request.node = node
+        request.own -= mine
+        self.own_tokens -= mine
+
+    # ---- the loop: one step at a time
+
+    def _kick(self, now: float) -> None:
+        if not self._busy:
+            self._next(now)
+
+    def _next(self, now: float) -> None:
+        """Choose the next step, as SGLang's event loops do: what is ready joins, then prefill, then decode."""
+        self._preallocate(now)
+        self._join(now)
+        chunks = self._choose_prefill()
+        if chunks:
+            return self._start_prefill(now, chunks)
+        if self._running:
+            self._make_room()
+            if self._running:
+                return self._start_decode(now)
+        return None
+
+    def _preallocate(self, now: float) -> None:
+        """Decode: give memory to requests that wait for it, first come first served, retracted ones before all."""
+        if not (self._prealloc or self._retracted):
+            return
+        holding = len(self._running) + len(self._ready) + self.states["transfer"]
+        reserved = self.limits.reserved
+        lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
+        retractable = sum(r.context for r in self._running)
+        room = self._free() - max(reserved * holding, lone - retractable)
+        while self._retracted and holding < self.limits.max_running:
+            request = self._retracted[0]
+            if request.context + reserved > room and holding:
+                return
+            room -= request.context + reserved
+            holding += 1
+            self._retracted.popleft()
+            request.own = request.context
+            self._take(request.own)
+            self._set(request, "ready")
+            self._ready.append(request)
+        for request in [r for r in self._prealloc if r.matched]:
+            if holding >= self.limits.max_running:
+                return
+            whole = request.prompt_tokens + min(request.output_tokens, CLIP_MAX_NEW_TOKENS)
+            # A lone request that fits the memory must get it: it can be retracted for nobody.
+            if holding and max(request.prompt_tokens + reserved, whole - retractable) > room:
+                return
+            room -= request.prompt_tokens + reserved
+            holding += 1
+            self._prealloc.remove(request)
+            request.own = request.prompt_tokens
+            self._take(request.own)
+            self._set(request, "transfer")
+            self._out.append(Event(now, "granted", request))
+
+    def _arrived(self, now: float, request: Request) -> None:
+        if request.state == "transfer":
+            self._set(request, "ready")
+            self._ready.append(request)
+            self._kick(now)
+
+    def _join(self, now: float) -> None:
+        """Decode: requests whose KV is there join the batch; their first token was made by the prefill worker."""
+        while self._ready and len(self._running) < self.limits.max_running:
+            request = self._ready.popleft()
+            if not request.generated:
+                self._emit(now, request)
+            if request.generated >= request.output_tokens:
+                self._finish(request)
+            else:
+                self._start_running(request)
+
+    def _start_running(self, request: Request) -> None:
+        self._set(request, "running")
+        self._running.append(request)
+        self._context += request.context
+
+    def _choose_prefill(self) -> list[tuple[Request, int]]:
+        """Return (request, new tokens) of the next prefill step, within the chunk budget and the memory."""
+        if not (self._chunked or self._waiting):
+            return []
+        budget, chunks = self.limits.chunk, []
+        future = sum(min(r.output_tokens - r.generated, CLIP_MAX_NEW_TOKENS) for r in self._running) * self._ratio
+        room = self._free() - future
+        slots = self.limits.max_running - len(self._running)
+        if self._chunked:
+            request = self._chunked
+            new = min(budget, request.context - request.computed, int(self._free()))
+            if new <= 0:
+                return []
+            chunks.append((request, new))
+            self._chunk(request, new)
+            budget -= new
+            room -= new
+            slots -= 1
+        while self._waiting and budget > 0 and slots > 0:
+            request = self._waiting[0]
+            self._look_up(request)
+            room = min(room, self._free() - future)  # locking a prefix takes it from what can be had
+            left = request.context - request.computed
+            out = 0 if request.way == "send" else min(request.output_tokens - request.generated, CLIP_MAX_NEW_TOKENS)
+            alone = not self._running and not chunks
+            if left + out > room and not (alone and left + out <= self._free()):
+                self._release(request)
+                break
+            new = min(left, budget)
+            self._waiting.popleft()
+            self._set(request, "prefill")
+            if not request.retractions:
+                request.cached = request.base
+                self.hit_tokens += request.base
+                self.asked_tokens += request.prompt_tokens
+            chunks.append((request, new))
+            self._chunk(request, new)
+            budget -= new
+            room -= left + out
+            slots -= 1
+        return chunks
+
+    def _chunk(self, request: Request, new: int) -> None:
+        request.own += new
+        self._take(new)
+        self._chunked = request if request.computed + new < request.context else None
+
+    def _start_prefill(self, now: float, chunks: list[tuple[Request, int]]) -> None:
+        took = self.rates.prefill_s((new, request.computed) for request, new in chunks) + self.slow_down_s
+        self._busy = True
+        self._at(now + took, lambda at: self._end_prefill(at, chunks))
+        if self.on_step:
+            tokens, context = sum(new for _, new in chunks), sum(request.computed for request, _ in chunks)
+            self.on_step(Step(now, now + took, "prefill", len(chunks), tokens, context))
+
+    def _end_prefill(self, now: float, chunks: list[tuple[Request, int]]) -> None:
+        self._busy = False
+        for request, new in chunks:
+            if request.state == "done":
+                continue
+            request.computed += new
+            complete = request.computed >= request.context
+            if request.way == "send":
+                self._send(now, request, complete)
+            if not complete:
+                continue
+            self._remember(request)
+            if request.way == "send":
+                self._set(request, "sending")
+                continue
+            self._emit(now, request)
+            if request.generated >= request.output_tokens:
+                self._finish(request)
+            else:
+                self._start_running(request)
+        self._next(now)
+
+    def _send(self, now: float, request: Request, last: bool) -> None:
+        """Put what is computed on the link to the decode worker, where it waits its turn."""
+        tokens = request.computed
+        size = self.rates.kv_bytes(tokens) - request.sent_bytes
+        request.sent_bytes += size
+        key = request.transport
+        way = self.rates.profile.transports[key]
+        start = max(now, self._egress_free.get(key, -FOREVER))
+        end = start + self.rates.transfer_s(size, key) * self.link_factor(request.peer)
+        self._egress_free[key] = end
+        connected = self._connected.setdefault(request.peer, start + way.setup_ms / 1e3)
+        if last:
+            there = max(end, connected) + way.latency_ms / 1e3
+            self._at(there, lambda at: self._sent(at, request, at - now))
+
+    def _sent(self, now: float, request: Request, took: float) -> None:
+        if request.state == "done":
+            return
+        self._out.append(Event(now, "sent", request, 0, took))
+        while request.generated < request.output_tokens:  # a prefill worker answers with its one token
+            self._emit(now, request)
+        self._finish(request)
+        self._kick(now)
+
+    def _start_decode(self, now: float) -> None:
+        batch = len(self._running)
+        for request in self._running:
+            request.own += 1
+        self._take(batch)
+        took = self.rates.decode_s(batch, self._context) + self.slow_down_s
+        self._busy = True
+        self._at(now + took, self._end_decode)
+        self._ratio = max(self._ratio - RATIO_DECAY, MIN_NEW_TOKEN_RATIO)
+        if self.on_step:
+            self.on_step(Step(now, now + took, "decode", batch, batch, self._context))
+
+    def _end_decode(self, now: float) -> None:
+        self._busy = False
+        stay = []
+        for request in self._running:
+            self._emit(now, request)
+            if request.generated < request.output_tokens:
+                stay.append(request)
+            else:
+                self._context -= request.context - 1
+                self._finish(request)
+        self._running = stay
+        self._context += len(stay)
+        self._next(now)
+
+    def _make_room(self) -> None:
+        """Retract requests, those with the fewest outputs first, until every other one has room for a token."""
+        if self._free() >= len(self._running):
+            return
+        while len(self._running) > 1:
+            victim = min(self._running, key=lambda r: (r.generated, -r.prompt_tokens))
+            self._running.remove(victim)
+            self._context -= victim.context
+            self._release(victim)
+            victim.retractions += 1
+            self.retracted += 1
+            if victim.way == "receive":
+                self._set(victim, "retracted")
+                self._retracted.append(victim)
+            else:
+                self._set(victim, "waiting")
+                self._waiting.append(victim)
+            if self._free() >= len(self._running):
+                break
+        done = sum(r.generated for r in self._running)
+        most = sum(r.output_tokens for r in self._running)
+        self._ratio = min(1.0, (done + RETRACT_STEPS * len(self._running)) / (most + 1))
