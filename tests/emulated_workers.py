@@ -24,8 +24,11 @@ import yaml
 from toolbox import router_python
 
 REPO = Path(__file__).resolve().parents[1]
-#: Quick enough for tests, slow enough that order and waiting can be seen.
-QUICK = {"prefill_tokens_per_s": 50_000, "decode_step_ms": 5, "startup_s": 0, "bootstrap_interval_s": 0.05}
+#: Quick enough for tests, slow enough that order and waiting can be seen; `bandwidth_gb_per_s` leaves a step its overhead only.
+QUICK = {
+    **{"tflops": 2 * 2.77e9 * 50_000 / 1e12, "bandwidth_gb_per_s": 1e9, "decode_overhead_ms": 5, "decode_us_per_request": 0},
+    **{"startup_s": 0, "bootstrap_interval_s": 0.05},
+}
 
 
 def free_port() -> int:
@@ -36,10 +39,13 @@ def free_port() -> int:
 
 
 def profile_file(folder: Path, **changes: object) -> Path:
-    """Write the shipped tiny profile with QUICK's figures and these changes; return the file."""
-    tiny = (resources.files("pdbench.emulate") / "profiles" / "tiny.yml").read_text("utf-8")
+    """Write the shipped tiny profile with QUICK's figures and these changes to model, gpu or engine; return the file."""
+    figures = yaml.safe_load((resources.files("pdbench.model") / "profiles" / "tiny.yml").read_text("utf-8"))
+    for name, value in {**QUICK, **changes}.items():
+        (part,) = (part for part in ("model", "gpu", "engine") if name in figures[part])
+        figures[part][name] = [value, "chosen: for this test"]
     path = folder / f"profile-{len(list(folder.iterdir()))}.yml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(tiny), **QUICK, **changes}))
+    path.write_text(yaml.safe_dump(figures))
     return path
 
 

@@ -1,6 +1,7 @@
 """Makes the table of an engine's flags that ``engine_args`` are checked against.
 
     flag_table.py --all                    every version below, downloaded without its dependencies
+    flag_table.py --emulated               the emulator's, from the pdbench that is installed
     flag_table.py FOLDER VERSION           one version, from a folder that holds the package `sglang`, to stdout
 
 The engine's own parser is asked: its argument module is imported, and what that needs and is not there (torch, CUDA
@@ -174,6 +175,7 @@ def type_of(action: argparse.Action) -> str:
     if action.nargs == 0:
         return "bool"
     name = getattr(action.type, "__name__", "str")
+    name = {"_port": "int", "_count": "int", "_share": "float"}.get(name, name)  # pdbench's own
     if "json" in name or name == "loads":
         return "json"
     return name if name in ("int", "float") else "str"
@@ -256,7 +258,20 @@ def table(folder: Path, version: str) -> str:
     flags, refused = rows(parser_of(folder))
     known = options(flags)
     removed = {flag: text for flag, text in sorted({**gone(version), **refused, **REMOVED}.items()) if flag not in known}
-    head = {"engine": "sglang", "version": version, "source": f"wheel sglang {version}", "made_by": "tools/flag_table.py"}
+    return text("sglang", version, f"wheel sglang {version}", removed, flags)
+
+
+def emulated() -> tuple[Path, str]:
+    """The emulator's table: its file and its text."""
+    from pdbench import __version__
+    from pdbench.emulate.cli import parser
+
+    return TABLES / f"emulated-{__version__}.json", text("emulated", __version__, "pdbench emulate", {}, rows(parser())[0])
+
+
+def text(engine: str, version: str, source: str, removed: Mapping[str, str], flags: Sequence[Mapping[str, Any]]) -> str:
+    """A table as it is written."""
+    head = {"engine": engine, "version": version, "source": source, "made_by": "tools/flag_table.py"}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     lines.append(f'"removed": {json.dumps(removed, indent=0)},')
     lines.append('"flags": [\n' + ",\n".join(json.dumps(row) for row in flags) + "\n]")
@@ -277,28 +292,35 @@ def make(version: str, python: str) -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
         pip("install", "--no-deps", "--target", place, NEEDS)
-        text = subprocess.run([sys.executable, __file__, place, version], check=True, stdout=subprocess.PIPE, text=True).stdout
+        made = subprocess.run([sys.executable, __file__, place, version], check=True, stdout=subprocess.PIPE, text=True).stdout
     path = TABLES / f"sglang-{version}.json"
-    path.write_text(text)
-    print(f"{path.name}: {len(json.loads(text)['flags'])} flags")
+    write(path, made)
+
+
+def write(path: Path, made: str) -> None:
+    """Write one table, and say so."""
+    path.write_text(made)
+    print(f"{path.name}: {len(json.loads(made)['flags'])} flags")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make the table of an engine's flags.")
     parser.add_argument("--all", action="store_true", help="make every table anew (downloads the engines)")
+    parser.add_argument("--emulated", action="store_true", help="make the emulator's table anew")
     parser.add_argument("folder", nargs="?", type=Path, help="folder that holds the package `sglang`")
     parser.add_argument("version", nargs="?", help="its version")
     given = parser.parse_args(arguments)
-    if given.all == bool(given.folder and given.version):
-        parser.error("give either --all, or FOLDER and VERSION")
-    if not given.all:
+    if [given.all, given.emulated, bool(given.folder and given.version)].count(True) != 1:
+        parser.error("give either --all, --emulated, or FOLDER and VERSION")
+    if given.folder:
         if not (given.folder / "sglang" / "srt" / "server_args.py").is_file():
             parser.error(f"{given.folder} holds no sglang/srt/server_args.py")
         sys.stdout.write(table(given.folder.resolve(), given.version))
         return 0
+    write(*emulated())
     try:
-        for version, python in SGLANG.items():
+        for version, python in SGLANG.items() if given.all else ():
             make(version, python)
     except subprocess.CalledProcessError as error:
         print(f"flag_table: {' '.join(error.cmd)}: exit status {error.returncode}", file=sys.stderr)

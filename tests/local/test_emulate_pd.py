@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -9,16 +10,16 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from aiohttp import web
 from emulated_workers import Service, call, events, free_port, pair, pd_body, profile_file, wait_for, worker
 
-from pdbench.emulate import profile
-from pdbench.emulate.model import PerfModel
 from pdbench.emulate.text import encode, prompt_of
+from pdbench.model import profile
+from pdbench.model.rates import Rates
 
 ROOMS = itertools.count(2**62)
 PROMPT = "to be or not to be"
@@ -38,7 +39,11 @@ class Trio(NamedTuple):
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     quick = profile_file(tmp_path_factory.mktemp("trio"))
-    with worker("prefill", quick) as prefill, worker("decode", quick) as decode, worker("aggregated", quick) as aggregated:
+    with (
+        worker("prefill", quick, "--node", "one") as prefill,
+        worker("decode", quick, "--node", "other") as decode,
+        worker("aggregated", quick) as aggregated,
+    ):
         yield Trio(prefill, decode, aggregated)
 
 
@@ -82,8 +87,9 @@ def test_books_of_both_sides(trio: Trio) -> None:
     after = [worker.metrics() for worker in (trio.prefill, trio.decode)]
     prefill, decode = ({key: new[key] - old.get(key, 0) for key in new} for old, new in zip(before, after, strict=True))
     assert prefill["kv_transfer_total_mb_sum"] == pytest.approx(18)
-    tiny = PerfModel(profile.load("tiny"), "tcp")
-    assert prefill["kv_transfer_latency_ms_sum"] == pytest.approx(tiny.transfer_s(tiny.kv_bytes(512)) * 1e3)
+    tiny = Rates(profile.load("tiny"))  # on two nodes without RDMA it is TCP
+    expected_ms = tiny.transfer_s(tiny.kv_bytes(512), "tcp") * 1e3 + tiny.profile.transports["tcp"].latency_ms
+    assert prefill["kv_transfer_latency_ms_sum"] == pytest.approx(expected_ms)
     assert prefill["kv_transfer_total_mb_count"] == prefill["kv_transfer_speed_gb_s_count"] == 1
     assert "kv_transfer_total_mb_count" not in decode
     assert decode["kv_transfer_bootstrap_ms_count"] == 1
@@ -175,7 +181,7 @@ def test_a_dead_prefill_is_a_500_after_the_retries(tmp_path: Path) -> None:
 
 def test_a_prefill_that_dies_in_the_transfer_is_a_500_after_the_heartbeats(tmp_path: Path) -> None:
     env = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "0.2"}
-    slow = profile_file(tmp_path, prefill_tokens_per_s=1)
+    slow = profile_file(tmp_path, prefill_overhead_ms=30_000)
     with worker("prefill", slow) as prefill, worker("decode", slow, env=env) as decode:
         body, got = pd_body(prefill, next(ROOMS), BODIES["/generate"]), []
         both = threading.Thread(target=lambda: got.append(decode.post("/generate", body)))
@@ -225,7 +231,7 @@ def test_a_decode_whose_kv_never_comes_times_out(tmp_path: Path) -> None:
 
 
 def test_when_one_side_leaves_the_other_fails(tmp_path: Path) -> None:
-    slow = profile_file(tmp_path, prefill_tokens_per_s=0.5)
+    slow = profile_file(tmp_path, prefill_overhead_ms=30_000)
     with worker("prefill", slow) as prefill, worker("decode", slow) as decode:
         for leaver, stayer in ((prefill, decode), (decode, prefill)):
             body, got = pd_body(prefill, next(ROOMS), BODIES["/generate"]), []
@@ -253,60 +259,85 @@ def test_kv_of_another_prompt_or_shape_is_never_a_success(trio: Trio, tmp_path: 
     send.join()
     assert status == 500
     assert b"is not that of this prompt" in data
-    with worker("decode", profile_file(tmp_path, kv_bytes_per_token=1)) as misfit:
+    with worker("decode", profile_file(tmp_path, kv_heads=4)) as misfit:
         answers = pair(trio.prefill, misfit, "/generate", pd_body(trio.prefill, next(ROOMS), one))
         assert answers[1][0] == 500
         assert misfit.metrics()["num_transfer_failed_reqs_total"] == 1
 
 
 @contextlib.contextmanager
-def bootstrap_server(answer: bytes) -> Iterator[int]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+def forged_prefill(kv: str | None) -> Iterator[int]:
+    """A bootstrap server that finds every room and answers a grant with this text (None: it knows no WebSockets)."""
 
-        def log_message(self, *_: object) -> None:
-            pass
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if kv is None:
+            return web.Response(text="<html>")
+        socket = web.WebSocketResponse(timeout=0.3)
+        await socket.prepare(request)
+        sockets.append(socket)
+        async for message in socket:
+            said = json.loads(message.data)
+            if "ask" in said:
+                await socket.send_str(json.dumps({"found": said["ask"]}))
+            elif "grant" in said:
+                await socket.send_str(kv)
+        return socket
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    async def shut(_: web.Application) -> None:
+        for socket in sockets:
+            await socket.close()
+
+    sockets: list[web.WebSocketResponse] = []
+
+    async def serve() -> tuple[web.AppRunner, int]:
+        app = web.Application()
+        app.add_routes([web.get("/emulated/kv", answer)])
+        app.on_shutdown.append(shut)
+        runner, port = web.AppRunner(app, shutdown_timeout=0), free_port()
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        return runner, port
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
     thread.start()
+    runner, port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
     try:
-        yield server.server_port
+        yield port
     finally:
-        server.shutdown()
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        server.server_close()
+        loop.close()
 
 
 def test_output_is_made_from_the_kv_message_alone(trio: Trio) -> None:
     """A forged message that passes for this prompt works; what does not is an error."""
     prompt = prompt_of(encode(PROMPT))
-    good = {"tokens": prompt.tokens, "digest": prompt.digest.hex(), "bytes": prompt.tokens * 36864}
+    proof = {"tokens": prompt.tokens, "digest": prompt.digest.hex(), "bytes": prompt.tokens * 36864}
+    good = {"kv": 1, **proof, "transport": "tcp", "cached": 0, "unchecked": False}
     for message, status in (
-        (good, 200),
-        ({**good, "digest": bytes(32).hex()}, 500),
-        ({**good, "tokens": 5}, 500),
-        ({**good, "bytes": 0}, 500),
-        ({}, 500),
+        (json.dumps(good), 200),
+        (json.dumps({**good, "digest": bytes(32).hex()}), 500),
+        (json.dumps({**good, "tokens": 5}), 500),
+        (json.dumps({**good, "bytes": 0}), 500),
+        (json.dumps({"kv": 1}), 500),
         ("hello", 500),
+        ("3", 500),
+        (None, 500),
     ):
-        with bootstrap_server(json.dumps(message).encode()) as port:
+        with forged_prefill(message) as port:
             body = {**BODIES["/generate"], "bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 1}
-            assert trio.decode.post("/generate", body)[0] == status, message
-    with bootstrap_server(b"<html>") as port:
-        body["bootstrap_port"] = port
-        assert b"is not an emulated prefill worker" in trio.decode.post("/generate", body)[1]
+            got, data = trio.decode.post("/generate", body)
+            assert got == status, (message, data)
+            if message in ("hello", "3", None):
+                assert b"is not an emulated prefill worker" in data
 
 
 def test_the_bootstrap_port_answers_health_and_refuses_nonsense(trio: Trio) -> None:
     base = f"http://127.0.0.1:{trio.prefill.bootstrap_port}"
     assert call(f"{base}/health", None) == (200, b"OK")
-    assert call(f"{base}/emulated/kv?room=x", None)[0] == 400
-    assert call(f"{base}/emulated/kv", None)[0] == 400
+    assert call(f"{base}/emulated/kv", None)[0] == 400  # no WebSocket
 
 
 def test_a_room_is_for_one_request(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_taken_port_is_named_and_exits_1(tmp_path: Path) -> None:
         (["--role", "decode", "--port", "99999"], "not a port"),
         (["--role", "decode", "--port", "1", "--tp-size", "0"], "'0' is not a whole number above 0"),
         (["--role", "decode", "--port", "1", "--profile", "nope"], "no profile 'nope'"),
-        (["--role", "decode", "--port", "1", "--transport", "pigeon"], "invalid choice: 'pigeon'"),
+        (["--role", "decode", "--port", "1", "--rdma-fabric", "pigeon"], "invalid choice: 'pigeon'"),
         (["--role", "prefill", "--port", "9", "--bootstrap-port", "9"], "must differ"),
         (["--role", "decode", "--port", "1", "--api-key-file", "/nonexistent"], "No such file"),
     ],
@@ -60,10 +60,10 @@ def test_bad_arguments_exit_2_with_a_message(options: list[str], said: str) -> N
 
 
 def test_a_bad_profile_names_file_and_key(tmp_path: Path) -> None:
-    path = str(profile_file(tmp_path, decode_step_ms=-1))
+    path = str(profile_file(tmp_path, decode_overhead_ms=-1))
     done = run("--role", "decode", "--port", "1", "--profile", path)
     assert done.returncode == 2
-    assert f"{path}: decode_step_ms must be a number above 0, not -1" in done.stderr
+    assert f"{path}: engine.decode_overhead_ms must be a number of 0 or more, not -1" in done.stderr
 
 
 def test_an_address_that_is_not_ours_exits_1(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_sigterm_ends_quickly_with_a_stream_running(tmp_path: Path) -> None:
 def test_a_stream_costs_a_small_part_of_a_core(tmp_path: Path) -> None:
     """CPU time, not wall time: 64 streams of a 20 ms step must leave most of a core free (256 fit in one)."""
     streams, tokens, step_s = 64, 100, 0.020
-    with worker("aggregated", profile_file(tmp_path, decode_step_ms=step_s * 1e3)) as made:
+    with worker("aggregated", profile_file(tmp_path, decode_overhead_ms=step_s * 1e3)) as made:
         connections = [http.client.HTTPConnection(made.url.removeprefix("http://"), timeout=60) for _ in range(streams)]
         before = made.cpu_s()
         for number, connection in enumerate(connections):

@@ -72,6 +72,15 @@ def test_bootstrap_fields_of_one_and_of_many() -> None:
     assert [item.bootstrap_room for item in one.items] == [5, 6]
 
 
+def test_rids_name_every_prompt() -> None:
+    assert asked("generate", text="a", rid="mine").items[0].rid == "mine"
+    assert [item.rid for item in asked("generate", text=["a", "b"], rid="mine").items] == ["mine_0", "mine_1"]
+    assert [item.rid for item in asked("generate", text=["a", "b"], rid=["x", "y"]).items] == ["x", "y"]
+    made = [item.rid for item in asked("completions", prompt=["a", "b"]).items]
+    assert len({*made, chat("a").items[0].rid}) == 3
+    assert all(made)
+
+
 @pytest.mark.parametrize(
     ("api", "body", "said"),
     [
@@ -93,6 +102,7 @@ def test_bootstrap_fields_of_one_and_of_many() -> None:
         ("completions", {"prompt": "a", "bootstrap_port": 70000}, "bootstrap_port must be between 1 and 65535"),
         ("completions", {"prompt": "a", "bootstrap_host": 1}, "bootstrap_host must be text"),
         ("completions", {"prompt": ["a", "b"], "bootstrap_room": [1]}, "bootstrap_room has 1 entries for 2 prompts"),
+        ("completions", {"prompt": "a", "rid": 5}, "rid must be text, not 5"),
         ("generate", {}, "either text or input_ids"),
         ("generate", {"text": "a", "input_ids": [1]}, "either text or input_ids"),
         ("generate", {"text": "a", "sampling_params": [1]}, "sampling_params must be an object"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdbench.emulate.text import VOCABULARY_SIZE, Output, encode, prompt_of, word
+from pdbench.emulate.text import VOCABULARY_SIZE, WORD_BYTES, WORD_LENGTH, Output, encode, prompt_of, word
 
 
 @given(st.lists(st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=16)))
@@ -43,7 +43,10 @@ def test_another_prompt_has_another_digest_and_output(ids: list[int]) -> None:
 
 
 def test_all_words_differ() -> None:
-    assert len({word(token) for token in range(VOCABULARY_SIZE)}) == VOCABULARY_SIZE
+    words = [word(token) for token in range(VOCABULARY_SIZE)]
+    assert len(set(words)) == VOCABULARY_SIZE
+    assert [text.encode() for text in words] == WORD_BYTES
+    assert {len(text) for text in words} == {WORD_LENGTH}
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**31], [2**70]])

@@ -162,3 +162,8 @@ def test_the_real_engines_inventory_passes_its_table() -> None:
     table = flags.load("sglang", values["engine_version"])
     for name in ("engine_args", "decode_engine_args"):
         assert list(flags.canonical(table, values[name], name, {})) == list(values[name])
+
+
+def test_the_emulators_table_is_that_of_its_parser() -> None:
+    path, text = flag_table.emulated()
+    assert path.read_text() == text, "run: .venv/bin/python tools/flag_table.py --emulated"

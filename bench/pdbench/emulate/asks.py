@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
@@ -25,13 +26,17 @@ class BadAskError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt of a request. `bootstrap_*` say where its KV cache goes or comes from (None: not said)."""
+    """One prompt of a request. `bootstrap_*` say where its KV cache goes or comes from (None: not said).
+
+    `rid` is its name in replies and for `/abort_request`.
+    """
 
     prompt: Prompt
     output_tokens: int
     bootstrap_host: str | None
     bootstrap_port: int | None
     bootstrap_room: int | None
+    rid: str = ""
 
     @property
     def fake_transfer(self) -> bool:
@@ -82,7 +87,8 @@ def read(api: Api, body: object, served_model_name: str, context_length: int) ->
     return Ask(
         api=api,
         items=tuple(
-            Item(prompt, limit, host, port, room) for prompt, host, port, room in zip(prompts, hosts, ports, rooms, strict=True)
+            Item(prompt, limit, host, port, room, rid)
+            for prompt, host, port, room, rid in zip(prompts, hosts, ports, rooms, _rids(body, len(prompts), batch), strict=True)
         ),
         batch=batch,
         stream=_flag(body, "stream"),
@@ -101,6 +107,14 @@ def _per_item(body: Body, key: str, kind: type[_T], count: int) -> list[_T | Non
         if entry is not None and (isinstance(entry, bool) or not isinstance(entry, kind)):
             raise BadAskError(f"{key} must be {'text' if kind is str else 'a whole number'}, not {entry!r}")
     return cast(list[_T | None], values)
+
+
+def _rids(body: Body, count: int, batch: bool) -> list[str]:
+    """Name every prompt: as in SGLang, one rid for a batch gets the prompt's place behind it."""
+    rid = body.get("rid")
+    if batch and isinstance(rid, str):
+        return [f"{rid}_{place}" for place in range(count)]
+    return [given or uuid.uuid4().hex for given in _per_item(body, "rid", str, count)]
 
 
 def _flag(body: Body, key: str) -> bool:

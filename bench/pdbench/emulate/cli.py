@@ -12,10 +12,11 @@ from pathlib import Path
 
 import uvloop
 
-from pdbench.emulate import profile
 from pdbench.emulate.engine import WorkerConfig
 from pdbench.emulate.handshake import Timeouts
 from pdbench.emulate.server import CannotListenError, Server
+from pdbench.model import profile
+from pdbench.model.rates import Rates
 
 log = logging.getLogger("pdbench.emulate")
 
@@ -26,7 +27,7 @@ class _BadArgumentError(ValueError):
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns 0 after a clean stop, 1 for a taken port, 2 for bad arguments."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         config = _config(options)
     except ValueError as problem:
@@ -47,13 +48,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; tools/flag_table.py makes the table of flags from it."""
+    made = argparse.ArgumentParser(
         prog="pdbench emulate",
         description="Serve as an SGLang prefill, decode or aggregated worker, without a model and without a GPU.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--role", required=True, choices=("prefill", "decode", "aggregated"))
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", required=True, type=_port)
@@ -65,14 +67,34 @@ def _parser() -> argparse.ArgumentParser:
         help="where a prefill worker meets decode workers (default: %(default)s)",
     )
     add("--profile", default="tiny", help=f"a YAML file, or one of: {', '.join(profile.shipped())} (default: tiny)")
-    add("--transport", default="tcp", choices=profile.TRANSPORTS, help="how KV travels (default: %(default)s)")
+    add("--node", default="localhost", help="host that it stands for: KV between workers of one host may go over NVLink")
+    add("--rdma-fabric", default="none", choices=("infiniband", "roce", "none"), help="that of its host (default: %(default)s)")
+    add(
+        "--transfer-backend",
+        "--disaggregation-transfer-backend",
+        default="nixl",
+        choices=("nixl", "mooncake", "mooncake_tcp"),
+        help="with the two above, it decides how KV travels to each other worker (default: %(default)s)",
+    )
     add("--model-path", default="emulated", help="name to report; nothing is loaded (default: %(default)s)")
     add("--served-model-name", help="name that clients use (default: the model path)")
-    add("--tp-size", "--tensor-parallel-size", default=1, type=_count, help="reported only (default: %(default)s)")
+    add("--tp-size", "--tensor-parallel-size", default=1, type=_count, help="GPUs of this worker (default: %(default)s)")
     add("--max-running-requests", type=_count, help="requests decoded together (default: the profile's)")
     add("--context-length", type=_count, help="tokens of prompt and output (default: the profile's)")
+    add("--mem-fraction-static", type=_share, help="share of the GPU's memory for weights and KV cache (default: the profile's)")
+    add("--max-total-tokens", type=_count, help="tokens of KV cache (default: what fits)")
+    add("--chunked-prefill-size", type=_count, help="tokens of one prefill pass, at most (default: the profile's)")
+    add("--num-reserved-decode-tokens", type=_count, help="room kept for every running request (default: the profile's)")
+    add("--disable-radix-cache", action="store_true", help="no prefix cache (a decode worker never has one)")
+    add("--enable-pd-role-switch", action="store_true", help="let /pd_role_switch change the role")
+    add(
+        "--allow-faults",
+        action="store_true",
+        help="let /emulated/fault break things: for tests of what watches over a deployment",
+    )
     add("--api-key-file", type=Path, help="file of mode 0600 with the key that clients must send")
-    return parser
+    add("--admin-api-key-file", type=Path, help="file of mode 0600 with the key for slow_down, profile, flush and the like")
+    return made
 
 
 def _port(text: str) -> int:
@@ -87,8 +109,19 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, at most 1")
+    return value
+
+
 def _config(options: argparse.Namespace) -> WorkerConfig:
     figures = profile.load(options.profile)
+    engine = figures.engine
     if options.role == "prefill" and options.port == options.bootstrap_port:
         raise _BadArgumentError(f"--port and --bootstrap-port are both {options.port}; they must differ")
     return WorkerConfig(
@@ -97,28 +130,39 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
         port=options.port,
         bootstrap_port=options.bootstrap_port,
         profile=figures,
-        transport=options.transport,
         model_path=options.model_path,
         served_model_name=options.served_model_name or options.model_path,
         tp_size=options.tp_size,
-        max_running_requests=options.max_running_requests or figures.max_running_requests,
-        context_length=options.context_length or figures.context_length,
+        max_running_requests=options.max_running_requests or engine.max_running_requests,
+        context_length=options.context_length or figures.model.context_length,
+        max_total_tokens=options.max_total_tokens or Rates(figures, options.tp_size).capacity_tokens(options.mem_fraction_static),
         timeouts=Timeouts.from_environment(),
-        api_key=None if options.api_key_file is None else _read_key(options.api_key_file),
+        node=options.node,
+        rdma_fabric=options.rdma_fabric,
+        transfer_backend=options.transfer_backend,
+        chunked_prefill_size=options.chunked_prefill_size or engine.chunked_prefill_tokens,
+        num_reserved_decode_tokens=options.num_reserved_decode_tokens or engine.reserved_decode_tokens,
+        disable_radix_cache=options.disable_radix_cache,
+        enable_pd_role_switch=options.enable_pd_role_switch,
+        allow_faults=options.allow_faults,
+        api_key=_read_key("--api-key-file", options.api_key_file),
+        admin_api_key=_read_key("--admin-api-key-file", options.admin_api_key_file),
     )
 
 
-def _read_key(path: Path) -> str:
+def _read_key(option: str, path: Path | None) -> str | None:
+    if path is None:
+        return None
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
-            raise _BadArgumentError(f"--api-key-file {path}: mode is {mode:04o}, others can read it; chmod 600 {path}")
+            raise _BadArgumentError(f"{option} {path}: mode is {mode:04o}, others can read it; chmod 600 {path}")
         key = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else "not text"
-        raise _BadArgumentError(f"--api-key-file {path}: {reason}") from None
+        raise _BadArgumentError(f"{option} {path}: {reason}") from None
     if not key:
-        raise _BadArgumentError(f"--api-key-file {path}: the file is empty")
+        raise _BadArgumentError(f"{option} {path}: the file is empty")
     return key
 
 

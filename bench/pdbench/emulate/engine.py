@@ -1,19 +1,22 @@
-"""The emulated engine: takes each prompt through queue, prefill, KV transfer and decode, in real time."""
+"""The emulated engine: the scheduler of `pdbench.model` against the wall clock, and what it has to tell other workers."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from pdbench.emulate.asks import BadAskError, Item
-from pdbench.emulate.handshake import HandshakeError, Kv, KvClient, Room, Rooms, Timeouts
-from pdbench.emulate.metrics import Gauge, WorkerMetrics
-from pdbench.emulate.model import PerfModel, PrefillLine
-from pdbench.emulate.profile import Profile
+from pdbench.emulate.faults import Faults
+from pdbench.emulate.handshake import HandshakeError, Kv, Link, Links, Place, Rooms, Timeouts, transport_between
+from pdbench.emulate.metrics import WorkerMetrics
+from pdbench.emulate.text import Prompt
+from pdbench.model.profile import Profile
+from pdbench.model.rates import Rates
+from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Step, Way, Worker
 
 Role = Literal["prefill", "decode", "aggregated"]
 #: What SGLang calls the roles: in `disaggregation_mode`, and in the label `engine_type`.
@@ -21,71 +24,94 @@ MODES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated"
 ENGINE_TYPES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated": "unified"}
 #: The output of a worker whose transfer is a fake (warm-up): made of no prompt at all, as it is there.
 NO_KV = bytes(32)
+log = logging.getLogger("pdbench.emulate")
+
+# uvloop's own clock stands still within a turn of the loop and counts whole milliseconds; hence this one.
+now = time.monotonic
+_FINE_S = 0.0003
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What one worker was started with. Ports are TCP ports, `context_length` is in tokens."""
+    """What one worker was started with. Ports are TCP ports; `context_length`, `max_total_tokens` are in tokens."""
 
     role: Role
     host: str
     port: int
     bootstrap_port: int
     profile: Profile
-    transport: str
     model_path: str
     served_model_name: str
     tp_size: int
     max_running_requests: int
     context_length: int
+    max_total_tokens: int
     timeouts: Timeouts
+    node: str = "localhost"
+    rdma_fabric: str = "none"
+    transfer_backend: str = "nixl"
+    chunked_prefill_size: int = 8192
+    num_reserved_decode_tokens: int = 512
+    disable_radix_cache: bool = False
+    enable_pd_role_switch: bool = False
+    allow_faults: bool = False
     api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
 
 
-# uvloop's own clock stands still within a turn of the loop and counts whole milliseconds; its timers, too, are of
-# whole milliseconds, counted from that clock. Hence this clock, and sleeps that look at it again when they end.
-now = time.monotonic
-GRAIN_S = 0.0005
+class AbortedError(Exception):
+    """A request that was aborted: by its client, or by `/abort_request`."""
+
+    status = 503
 
 
-async def sleep_until(due: float, end: asyncio.Future[None] | None = None) -> None:
-    """Sleep until `due` on the clock of `now`, half a millisecond early at most; less when `end` is done."""
-    while (delay := due - now()) > GRAIN_S and not (end and end.done()):
-        if end is None:
-            await asyncio.sleep(delay)
-        else:
-            await asyncio.wait([end], timeout=delay)
+class Sink(Protocol):
+    """Where output tokens go."""
+
+    def token(self, job: Job, index: int, last: bool) -> None:
+        """Take output token `index` (from 0), which is due now. Must be quick and must not raise."""
 
 
-class Running:
-    """One item that has its first token: what the server needs to send every token when it is due."""
+class Job:
+    """One item on its way through the worker; also what the handshake of a decode worker reports to."""
 
-    def __init__(self, engine: Engine, digest: bytes, tokens: int, first_due: float) -> None:
-        """Take the digest that the KV cache carried, the number of output tokens and the first token's due time."""
-        self.digest, self.tokens = digest, tokens
-        self._engine, self._first_due = engine, first_due
-        self.sent = 0
+    def __init__(self, engine: Engine, item: Item, stream: bool, sink: Sink | None) -> None:
+        """Start it with `Engine.start`."""
+        self.item, self.stream, self.sink = item, "true" if stream else "false", sink
+        self.tokens = 1 if engine.role == "prefill" else item.output_tokens
+        self.digest = NO_KV if item.fake_transfer and engine.role == "decode" else item.prompt.digest
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.arrived = now()
         self.first_at = self.last_at = 0.0
+        self.sent = 0
+        self.request: Request | None = None
+        self.link: Link | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.found_at = self.granted_at = 0.0
+        self._engine = engine
 
-    async def until_due(self) -> None:
-        """Sleep until the next token is due."""
-        await sleep_until(self._engine.model.token_due(self._first_due, self.sent))
+    @property
+    def cached_tokens(self) -> int:
+        """Return the prompt tokens that came from the prefix cache."""
+        return self.request.cached if self.request else 0
 
-    def count(self) -> None:
-        """Note that the next token is there."""
-        moment = now()
-        if self.sent == 0:
-            self.first_at = moment
-        else:
-            self._engine.metrics.itl.observe(moment - self.last_at)
-        self.last_at = moment
-        self.sent += 1
+    @property
+    def retractions(self) -> int:
+        """Return how often it lost its KV memory to others."""
+        return self.request.retractions if self.request else 0
 
-    async def rest(self) -> None:
-        """Let all tokens that are left pass in their time: for a reply that is not streamed."""
-        while self.sent < self.tokens:
-            await self.until_due()
-            self.count()
+    def on_found(self) -> None:
+        """Decode: the prefill worker is there, too."""
+        self._engine.found(self)
+
+    def on_kv(self, kv: Kv) -> None:
+        """Decode: the KV left the prefill worker."""
+        self._engine.kv_came(self, kv)
+
+    def on_failed(self, problem: HandshakeError) -> None:
+        """Decode: the KV will not come; one that computes the prompt itself (a fault) does not need it."""
+        if self.request is None or self.request.way != "local":
+            self._engine.fail(self, problem)
 
 
 class Engine:
@@ -93,197 +119,370 @@ class Engine:
 
     def __init__(self, config: WorkerConfig) -> None:
         """Start idle."""
-        self.config = config
-        self.model = PerfModel(config.profile, config.transport)
+        self.config, self.role = config, config.role
+        self.faults = Faults()
         self.metrics = WorkerMetrics(config.served_model_name, ENGINE_TYPES[config.role])
-        self.rooms = Rooms()
+        self.rates = Rates(config.profile, config.tp_size)
+        self.worker = Worker(self.rates, self._limits())
+        self.worker.link_factor = self.faults.link_factor
+        self.worker.on_step = self._note_step
+        self.place = Place(f"{config.host}:{config.port}", config.node, config.rdma_fabric)
+        self.rooms = Rooms(self, config.timeouts.heartbeat_s * config.timeouts.heartbeat_failures)
+        figures = config.profile.engine
+        self._links = Links(self.place, config.timeouts, figures.bootstrap_attempts, figures.bootstrap_interval_s)
+        self.on_step: Callable[[Step], None] | None = None
+        self.transports_seen: dict[str, str] = {}
         self.last_kv_latency_ms = self.last_kv_speed_gb_s = 0.0
-        self.tokens_held = 0
-        self.requests = 0
-        self._kv = KvClient(config.timeouts, config.profile.bootstrap_attempts, config.profile.bootstrap_interval_s)
-        self._line = PrefillLine(self.model)
-        self._line_turn = asyncio.Lock()
-        self._slots = asyncio.Semaphore(config.max_running_requests)
-        for gauge in vars(self.metrics).values():
-            if isinstance(gauge, Gauge):
-                gauge.set(0)
+        self.slow_down_s: float | None = None
+        self._jobs: dict[int, Job] = {}
+        self._in_room: dict[int, Job] = {}
+        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._timer_at = FOREVER
+        self._hits = (0, 0)
+
+    def _limits(self) -> Limits:
+        config = self.config
+        return Limits(
+            capacity=config.max_total_tokens,
+            max_running=config.max_running_requests,
+            chunk=config.chunked_prefill_size,
+            reserved=config.num_reserved_decode_tokens,
+            # as in SGLang: a decode worker has no prefix cache unless it is asked to
+            prefix_cache=not config.disable_radix_cache and self.role != "decode",
+        )
 
     async def close(self) -> None:
         """Drop the connections to prefill workers."""
-        await self._kv.close()
+        if self._timer:
+            self._timer.cancel()
+        await self._links.close()
+
+    # ---- what the server calls
 
     def check(self, item: Item) -> None:
         """Refuse what a worker of this role cannot serve. Raises BadAskError."""
-        if self.config.role == "aggregated" or item.fake_transfer:
+        need, have = item.prompt.tokens + (0 if self.role == "prefill" else item.output_tokens), self.config.max_total_tokens
+        if need > have:
+            raise BadAskError(f"the request needs {need} tokens of KV cache and the worker has {have} (--max-total-tokens)")
+        if self.role == "aggregated" or item.fake_transfer:
             return
         if item.bootstrap_room is None:
             raise BadAskError("Invalid request: Disaggregated request received without bootstrap room id.")
-        if self.config.role == "decode" and item.bootstrap_host is None:
+        if self.role == "decode" and item.bootstrap_host is None:
             raise BadAskError("Invalid request: Disaggregated request received without bootstrap host.")
 
-    @asynccontextmanager
-    async def request(self, item: Item, stream: bool) -> AsyncIterator[Running]:
-        """Give the item as soon as its first token is being made; keep SGLang's books when it ends, however it ends.
+    def start(self, item: Item, stream: bool, sink: Sink | None) -> Job:
+        """Take an item that was checked; `sink` gets its tokens when they are due (None: nobody, only `done` counts)."""
+        job = Job(self, item, stream, sink)
+        self._jobs[id(job)] = job
+        job.done.add_done_callback(lambda _: self._book(job))
+        room = item.bootstrap_room
+        if self.role == "aggregated" or item.fake_transfer or room is None:
+            self._submit(job, "local")
+        elif self.role == "prefill":
+            self._start_prefill(job, room)
+        else:
+            self._start_decode(job, room)
+        return job
 
-        Raises HandshakeError when prefill and decode do not come together.
-        """
-        own = "true" if stream else "false"
-        arrival = now()
-        tokens = 1 if self.config.role == "prefill" else item.output_tokens
-        held = item.prompt.tokens
-        self.requests += 1
-        self.tokens_held += held
-        running: Running | None = None
-        try:
-            async with self._ready(item) as (digest, first_due):
-                running = Running(self, digest, tokens, first_due)
-                yield running
-        except (asyncio.CancelledError, ConnectionError):
+    def abort(self, job: Job) -> None:
+        """Stop a job: its client left, or asked for it."""
+        if not job.done.done():
             self.metrics.aborted.inc()
-            raise
-        finally:
-            self.requests -= 1
-            self.tokens_held -= held
-            self._book(item, running, own, arrival)
+            self._end(job, AbortedError("the request was aborted"), "the request was aborted")
 
-    def _book(self, item: Item, running: Running | None, own: str, arrival: float) -> None:
-        sent = running.sent if running else 0
-        metrics = self.metrics
-        metrics.requests.inc(1, own)
-        metrics.prompt_tokens.inc(item.prompt.tokens, own)
-        metrics.generation_tokens.inc(sent, own)
-        metrics.e2e.observe(now() - arrival, own)
-        if running and sent and self.config.role != "prefill":  # as in SGLang: a prefill worker has neither
-            metrics.ttft.observe(running.first_at - arrival, own)
-            if sent == running.tokens > 1:
-                metrics.tpot.observe((running.last_at - running.first_at) / (sent - 1), own)
+    def jobs(self) -> list[Job]:
+        """Return all that are not done."""
+        return list(self._jobs.values())
 
-    @contextmanager
-    def _in(self, gauge: Gauge) -> Iterator[None]:
-        gauge.inc()
-        try:
-            yield
-        finally:
-            gauge.inc(-1)
+    @property
+    def requests(self) -> int:
+        """Return how many jobs are not done."""
+        return len(self._jobs)
 
-    @asynccontextmanager
-    async def _ready(self, item: Item) -> AsyncIterator[tuple[bytes, float]]:
-        """Give the digest to generate from and the due time of the first token."""
-        if self.config.role == "prefill":
-            yield await self._prefill_role(item)
+    @property
+    def tokens_held(self) -> int:
+        """Return the prompt tokens of all jobs that are not done, as routers weigh a worker by."""
+        return sum(job.item.prompt.tokens for job in self._jobs.values())
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Return the tokens of KV cache that running requests hold."""
+        return self.worker.used
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Return the tokens of KV cache that there are."""
+        return self.config.max_total_tokens
+
+    @property
+    def retracted(self) -> int:
+        """Return how many requests wait for memory that they had before."""
+        return self.worker.states["retracted"]
+
+    def flush_cache(self) -> int:
+        """Drop the prefix cache; return the tokens."""
+        return self.worker.flush()
+
+    def slow_down(self, seconds: float | None) -> None:
+        """Sleep so long before every forward pass (None: no more)."""
+        self.slow_down_s, self.worker.slow_down_s = seconds, seconds or 0.0
+
+    def switch_role(self, role: Role) -> None:
+        """Go on as another role. Raises ValueError when requests are here."""
+        if self._jobs:
+            raise ValueError(f"{len(self._jobs)} requests are running")
+        self.flush_cache()
+        self.role = role
+        self.worker.limits = replace(self._limits())
+        self.metrics.relabel(ENGINE_TYPES[role])
+
+    def refresh(self) -> None:
+        """Bring the gauges up to date, before they are shown."""
+        states, metrics, worker = self.worker.states, self.metrics, self.worker
+        metrics.running.set(states["running"] + states["prefill"])
+        metrics.queue.set(states["waiting"] + states["ready"] + states["frontend"])
+        metrics.bootstrap_queue.set(states["bootstrap"])
+        metrics.inflight_queue.set(states["sending"])
+        metrics.prealloc_queue.set(states["prealloc"])
+        metrics.transfer_queue.set(states["transfer"])
+        metrics.retracted.set(states["retracted"])
+        if worker.retracted:
+            metrics.retracted_total.values[""] = worker.retracted
+        metrics.num_used_tokens.set(worker.used)
+        metrics.max_total_num_tokens.set(self.kv_capacity_tokens)
+        metrics.token_usage.set(worker.used / self.kv_capacity_tokens)
+        metrics.pending_prealloc_token_usage.set(worker.pending_tokens / self.kv_capacity_tokens)
+
+    # ---- prefill
+
+    def _start_prefill(self, job: Job, room: int) -> None:
+        if room in self._in_room:
+            self.fail(job, HandshakeError(f"bootstrap room {room} is already in use", bootstrap=True))
             return
-        with self._in(self.metrics.queue):
-            await self._slots.acquire()
-        try:
-            if self.config.role == "aggregated":
-                digest, first_due = item.prompt.digest, await self._compute(item, None)
-            else:
-                digest = NO_KV if item.fake_transfer else await self._receive(item)
-                first_due = now()
-            with self._in(self.metrics.running):
-                yield digest, first_due
-        finally:
-            self._slots.release()
+        self._in_room[room] = job
+        self._submit(job, "send")
+        limit = self.config.timeouts.bootstrap_s
+        late = HandshakeError(f"Prefill bootstrap failed: no decode worker came to room {room} in {limit:g} s", bootstrap=True)
+        job.timer = asyncio.get_running_loop().call_later(limit, self.fail, job, late)
+        self.rooms.open(room)
 
-    async def _compute(self, item: Item, room: Room | None) -> float:
-        """Wait for the prefill line, then run the prompt; return when it was due to end."""
-        arrival = now()
-        with self._in(self.metrics.queue):
-            await self._line_turn.acquire()
-        try:
-            end = self._line.begin(arrival, item.prompt.tokens)
-            with self._in(self.metrics.running):
-                await self._until(end, room)
-        except BaseException:
-            self._line.abort(now())
-            raise
-        finally:
-            self._line_turn.release()
-        return end
+    def on_asked(self, room: int, place: Place, drop: bool) -> None:
+        """Hear that a decode worker is in the room."""
+        job = self._in_room[room]
+        assert job.request is not None
+        job.request.peer, job.request.transport = place.address, self._transport(place)
+        if drop:
+            job.request.way = "local"
+            self._grant(job)
 
-    async def _until(self, due: float, room: Room | None) -> None:
-        """Sleep until `due`, less when the decode worker leaves the room. Raises HandshakeError then."""
-        await sleep_until(due, room.decode_left if room else None)
-        if room and room.decode_left.done():
-            raise HandshakeError("Prefill transfer failed: the decode worker left", bootstrap=False)
+    def _transport(self, other: Place) -> str:
+        return transport_between(self.config.transfer_backend, self.place, other)
 
-    async def _prefill_role(self, item: Item) -> tuple[bytes, float]:
-        """Meet the decode worker, compute, hand the KV over; the first token is due when it is there."""
-        number = item.bootstrap_room
-        if number is None or item.fake_transfer:
-            return item.prompt.digest, await self._compute(item, None)
-        with self._failures_counted():
-            room = self.rooms.open(number)
-            why = "the prefill worker dropped the request"
-            try:
-                entered = now()
-                with self._in(self.metrics.bootstrap_queue):
-                    await sleep_until(entered + self.config.timeouts.bootstrap_s, room.decode_came)
-                if not room.decode_came.done():
-                    limit = self.config.timeouts.bootstrap_s
-                    raise HandshakeError(
-                        f"Prefill bootstrap failed: no decode worker came to room {number} in {limit:g} s",
-                        bootstrap=True,
-                    )
-                self.metrics.kv_bootstrap.observe((now() - entered) * 1e3)
-                computed = await self._compute(item, room)
-                size = self.model.kv_bytes(item.prompt.tokens)
-                done = computed + self.model.transfer_s(size)
-                with self._in(self.metrics.inflight_queue):
-                    await self._until(done, room)
-                self._note_transfer(size, done - computed)
-                room.kv.set_result(Kv(item.prompt, size))
-                return item.prompt.digest, done
-            except HandshakeError as failure:
-                why = str(failure)
-                raise
-            finally:
-                self.rooms.close(number, why)
+    def on_granted(self, room: int) -> None:
+        """Hear that the decode worker has memory for the KV."""
+        if job := self._in_room.get(room):
+            self._grant(job)
 
-    def _note_transfer(self, size: int, seconds: float) -> None:
-        self.last_kv_latency_ms = seconds * 1e3
-        self.last_kv_speed_gb_s = size / 2**30 / seconds
+    def _grant(self, job: Job) -> None:
+        assert job.request is not None
+        if job.timer:
+            job.timer.cancel()
+        job.granted_at = now()
+        self.metrics.kv_bootstrap.observe((job.granted_at - job.arrived) * 1e3)
+        self.worker.grant(job.granted_at, job.request)
+        self._arm()
+
+    def on_left(self, room: int) -> None:
+        """Hear that the decode worker is gone."""
+        if job := self._in_room.get(room):
+            self.fail(job, HandshakeError("Prefill transfer failed: the decode worker left", bootstrap=False))
+
+    def _note_sent(self, job: Job, event: Event) -> None:
+        """The last KV of a prompt has left."""
+        assert job.request is not None
+        room, size, seconds = job.item.bootstrap_room, job.request.sent_bytes, event.value
+        assert room is not None
+        peer, transport = job.request.peer, job.request.transport
+        if self.faults.fails(peer):
+            self.fail(
+                job,
+                HandshakeError(
+                    f"Prefill transfer failed for room {room}: KV transfer to {peer} failed (injected)", bootstrap=False
+                ),
+            )
+            return
+        self.last_kv_latency_ms, self.last_kv_speed_gb_s = seconds * 1e3, size / 2**30 / seconds
         self.metrics.kv_latency.observe(self.last_kv_latency_ms)
-        self.metrics.kv_total_mb.observe(size / 2**20)
         self.metrics.kv_speed.observe(self.last_kv_speed_gb_s)
+        self.metrics.kv_total_mb.observe(size / 2**20)
+        self.metrics.stage.observe(seconds, "prefill_transfer_kv_cache")
+        self._note_kv(peer, transport, size)
+        spoilt = self.faults.corrupts()
+        prompt = Prompt(job.item.prompt.tokens, job.item.prompt.digest[::-1]) if spoilt else job.item.prompt
+        self._in_room.pop(room, None)
+        self.rooms.close(room, Kv(prompt, size, transport, job.cached_tokens, spoilt).to_json(room))
 
-    async def _receive(self, item: Item) -> bytes:
-        """Fetch the KV of this prompt from its prefill worker; return the digest in it. Raises HandshakeError."""
+    def _note_kv(self, peer: str, transport: str, size: int) -> None:
+        self.transports_seen[peer] = transport
+        self.metrics.kv_transfers.inc(1, (peer, transport))
+        self.metrics.kv_bytes.inc(size, (peer, transport))
+
+    # ---- decode
+
+    def _start_decode(self, job: Job, room: int) -> None:
+        item = job.item
         assert item.bootstrap_host is not None
-        assert item.bootstrap_room is not None
-        entered = now()
-        queues = [self.metrics.prealloc_queue, self.metrics.transfer_queue]
-        stage = 0
+        port = self.config.bootstrap_port if item.bootstrap_port is None else item.bootstrap_port
+        job.link = self._links.to(item.bootstrap_host, port)
+        recompute = self.faults.recompute
+        self._submit(job, "local" if recompute else "receive")
+        assert job.request is not None
+        job.request.peer = f"{item.bootstrap_host}:{port}"
+        if not recompute:
+            limit = self.config.timeouts.waiting_s
+            late = HandshakeError(f"KV of room {room} did not come from {job.request.peer} within {limit:g} s", bootstrap=False)
+            job.timer = asyncio.get_running_loop().call_later(limit, self.fail, job, late)
+        job.link.ask(room, job, recompute)
 
-        def found() -> None:
-            nonlocal stage
-            if stage == 0:
-                queues[0].inc(-1)
-                queues[1].inc()
-                stage = 1
-                self.metrics.kv_bootstrap.observe((now() - entered) * 1e3)
+    def found(self, job: Job) -> None:
+        """Hear that the prefill worker knows the request, too."""
+        if job.request and not job.done.done():
+            job.found_at = now()
+            self.metrics.kv_bootstrap.observe((job.found_at - job.arrived) * 1e3)
+            self.worker.found(job.found_at, job.request)
+            self._arm()
 
-        queues[0].inc()
-        try:
-            with self._failures_counted():
-                port = self.config.bootstrap_port if item.bootstrap_port is None else item.bootstrap_port
-                kv = await self._kv.fetch(item.bootstrap_host, port, item.bootstrap_room, found)
-                wanted = Kv(item.prompt, self.model.kv_bytes(item.prompt.tokens))
-                if kv != wanted:
-                    raise HandshakeError(
-                        f"the KV of room {item.bootstrap_room} is not that of this prompt: it is of {kv.prompt.tokens} "
-                        f"tokens in {kv.size_bytes} bytes, not {wanted.prompt.tokens} in {wanted.size_bytes}, "
-                        f"or of other tokens",
-                        bootstrap=False,
-                    )
-                return kv.prompt.digest
-        finally:
-            queues[stage].inc(-1)
+    def kv_came(self, job: Job, kv: Kv) -> None:
+        """Hear that the KV left the prefill worker; the own link has to take it yet."""
+        request = job.request
+        if request is None or job.done.done():
+            return
+        wanted = Kv(job.item.prompt, self.rates.kv_bytes(job.item.prompt.tokens), kv.transport, kv.cached_tokens)
+        if not kv.unchecked and kv != wanted:
+            why = (
+                f"the KV of room {job.item.bootstrap_room} is not that of this prompt: it is of {kv.prompt.tokens} tokens in "
+                f"{kv.size_bytes} bytes, not {wanted.prompt.tokens} in {wanted.size_bytes}, or of other tokens"
+            )
+            return self.fail(job, HandshakeError(why, bootstrap=False))
+        if self.faults.fails(request.peer):
+            why = f"KV transfer of room {job.item.bootstrap_room} from {request.peer} failed (injected)"
+            return self.fail(job, HandshakeError(why, bootstrap=False))
+        job.digest = kv.prompt.digest[::-1] if self.faults.corrupts() else kv.prompt.digest
+        if job.timer:
+            job.timer.cancel()
+        request.transport, request.cached = kv.transport, kv.cached_tokens
+        self._note_kv(request.peer, kv.transport, kv.size_bytes)
+        self.worker.deliver(now(), request, kv.size_bytes)
+        return self._arm()
 
-    @contextmanager
-    def _failures_counted(self) -> Iterator[None]:
-        try:
-            yield
-        except HandshakeError as failure:
-            (self.metrics.bootstrap_failed if failure.bootstrap else self.metrics.transfer_failed).inc()
-            raise
+    # ---- the clock
+
+    def _submit(self, job: Job, way: Way) -> None:
+        prompt = job.item.prompt
+        job.request = Request(way, prompt.tokens, job.tokens, prompt.packed, tag=job)
+        self.worker.submit(job.arrived, job.request)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Wake up when the worker has something to do."""
+        at = self.worker.next_at
+        if at == self._timer_at and self._timer is not None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at = at
+        if at == FOREVER:
+            return
+        loop, delay = asyncio.get_running_loop(), at - now()
+        # uvloop's timers are of whole milliseconds, and may end early: the rest is waited for in turns of the loop.
+        self._timer = loop.call_soon(self._tick) if delay < _FINE_S else loop.call_later(max(delay, 0.001), self._tick)
+
+    def _tick(self) -> None:
+        self._timer, self._timer_at = None, FOREVER
+        for event in self.worker.advance(now()):
+            job = event.request.tag
+            assert isinstance(job, Job)
+            if job.done.done():
+                continue
+            if event.kind == "token":
+                self._token(job, event)
+            elif event.kind == "sent":
+                self._note_sent(job, event)
+            else:
+                job.granted_at = now()
+                self.metrics.kv_alloc.observe((job.granted_at - job.found_at) * 1e3)
+                assert job.link is not None
+                assert job.item.bootstrap_room is not None
+                job.link.grant(job.item.bootstrap_room)
+        self._arm()
+
+    def _token(self, job: Job, event: Event) -> None:
+        last = event.index == job.tokens - 1
+        if job.sink is not None:
+            job.sink.token(job, event.index, last)
+        moment = now()
+        self.metrics.lateness.observe(moment - event.at)
+        if job.sent:
+            self.metrics.itl.observe(moment - job.last_at)
+        else:
+            job.first_at = moment
+        job.sent, job.last_at = job.sent + 1, moment
+        if last:
+            job.done.set_result(None)
+
+    def _note_step(self, step: Step) -> None:
+        self.metrics.realtime.inc(step.tokens, "decode" if step.kind == "decode" else "prefill_compute")
+        if step.kind == "decode":
+            self.metrics.gen_throughput.step(step.tokens)
+        else:
+            hit, asked = self.worker.hit_tokens - self._hits[0], self.worker.asked_tokens - self._hits[1]
+            self._hits = (self.worker.hit_tokens, self.worker.asked_tokens)
+            self.metrics.cache_hit_rate.set(hit / asked if asked else 0.0)
+        if self.on_step:
+            self.on_step(step)
+
+    # ---- ends
+
+    def fail(self, job: Job, problem: HandshakeError) -> None:
+        """End a job whose prefill and decode did not come together."""
+        if not job.done.done():
+            (self.metrics.bootstrap_failed if problem.bootstrap else self.metrics.transfer_failed).inc()
+            self._end(job, problem, str(problem))
+
+    def _end(self, job: Job, problem: Exception, why: str) -> None:
+        moment = now()
+        if job.request:
+            self.worker.abort(moment, job.request)
+        self._leave_room(job, why)
+        job.done.set_exception(problem)
+        self._arm()
+
+    def _leave_room(self, job: Job, why: str) -> None:
+        room = job.item.bootstrap_room
+        if room is None:
+            return
+        if self._in_room.get(room) is job:
+            del self._in_room[room]
+            self.rooms.close(room, {"failed": room, "why": why})
+        if job.link:
+            job.link.leave(room)
+
+    def _book(self, job: Job) -> None:
+        """Keep SGLang's books: they are written when a request ends, however it ends."""
+        self._jobs.pop(id(job), None)
+        self._leave_room(job, "the prefill worker is done")
+        if job.timer:
+            job.timer.cancel()
+        metrics, own, moment = self.metrics, job.stream, now()
+        metrics.requests.inc(1, own)
+        metrics.prompt_tokens.inc(job.item.prompt.tokens, own)
+        metrics.generation_tokens.inc(job.sent, own)
+        if job.cached_tokens:
+            metrics.cached_tokens.inc(job.cached_tokens, "device")
+        metrics.e2e.observe(moment - job.arrived, own)
+        if job.sent and self.role != "prefill":  # as in SGLang: a prefill worker has neither
+            metrics.ttft.observe(job.first_at - job.arrived, own)
+            if job.sent == job.tokens > 1:
+                metrics.tpot.observe((job.last_at - job.first_at) / (job.sent - 1), own)

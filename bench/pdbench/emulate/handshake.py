@@ -1,18 +1,24 @@
-"""The meeting of a prefill and a decode worker, over HTTP on the prefill's bootstrap port.
+"""The meeting of a prefill and a decode worker, over one WebSocket a pair on the prefill's bootstrap port.
 
-Real SGLang exchanges addresses there and moves the KV cache with RDMA or TCP. Here the decode worker asks
-`GET /emulated/kv?room=N`: the headers come when the prefill worker is in the room too, the body when prefill and
-transfer are done. It carries a proof of the prompt instead of its KV cache: the decode worker checks it and makes its
-output from it, so that wrong or missing KV can never look like success.
+Real SGLang exchanges addresses there, talks over ZMQ and moves the KV cache with RDMA or TCP. Here the decode worker opens
+`GET /emulated/kv` and both send JSON messages that name a room:
+
+    decode -> prefill   {"ask": ROOM, "drop": false}, {"grant": ROOM} (it has memory), {"leave": ROOM}
+    prefill -> decode   {"found": ROOM}, {"kv": ROOM, "tokens", "digest", "bytes", "transport", "cached", "unchecked"},
+                        {"failed": ROOM, "why"}
+
+The `kv` message carries a proof of the prompt instead of its KV cache: the decode worker checks it and makes its output from
+it, so that wrong or missing KV can never look like success (but for a fault that a test asked for).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -20,9 +26,13 @@ from yarl import URL
 
 from pdbench.emulate.text import Prompt
 
+Json = dict[str, Any]
+
 
 class HandshakeError(Exception):
     """A request that failed between prefill and decode; `bootstrap` tells before from during the transfer."""
+
+    status = 500
 
     def __init__(self, message: str, *, bootstrap: bool) -> None:
         """Say what failed."""
@@ -64,82 +74,162 @@ class Timeouts:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a worker is, as far as the way of the KV cache depends on it: its address, host and RDMA fabric (`none`: no RDMA)."""
+
+    address: str
+    node: str
+    fabric: str
+
+    @classmethod
+    def of(cls, query: Any) -> Place:
+        """Read what a decode worker says of itself in the query of its WebSocket."""
+        return cls(query.get("address", ""), query.get("node", ""), query.get("fabric", "none"))
+
+
+def transport_between(backend: str, one: Place, other: Place) -> str:
+    """Return how KV travels between two workers: what the transfer engine of SGLang would end up with there.
+
+    NIXL takes NVLink inside a host; both engines take RDMA where both ends are on one fabric, and TCP elsewhere.
+    """
+    if backend == "mooncake_tcp":
+        return "tcp"
+    if backend == "nixl" and one.node == other.node:
+        return "cuda_ipc"
+    return "rdma" if one.fabric == other.fabric != "none" else "tcp"
+
+
+@dataclass(frozen=True)
 class Kv:
-    """The proof that stands for a KV cache."""
+    """The proof that stands for a KV cache, and how it travelled.
+
+    `cached_tokens` of the prompt came from the prefill's prefix cache; `unchecked`: a fault spoilt it on purpose.
+    """
 
     prompt: Prompt
     size_bytes: int
+    transport: str
+    cached_tokens: int = 0
+    unchecked: bool = False
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, room: int) -> Json:
         """Return the message."""
-        return {"tokens": self.prompt.tokens, "digest": self.prompt.digest.hex(), "bytes": self.size_bytes}
+        return {
+            "kv": room,
+            "tokens": self.prompt.tokens,
+            "digest": self.prompt.digest.hex(),
+            "bytes": self.size_bytes,
+            "transport": self.transport,
+            "cached": self.cached_tokens,
+            "unchecked": self.unchecked,
+        }
 
     @classmethod
-    def from_json(cls, data: object) -> Kv:
+    def from_json(cls, data: Json) -> Kv:
         """Read the message. Raises ValueError."""
-        fields = data if isinstance(data, dict) else {}
         try:
-            return cls(Prompt(int(fields["tokens"]), bytes.fromhex(fields["digest"])), int(fields["bytes"]))
+            prompt = Prompt(int(data["tokens"]), bytes.fromhex(data["digest"]))
+            return cls(prompt, int(data["bytes"]), str(data["transport"]), int(data["cached"]), bool(data["unchecked"]))
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"not a KV message: {data!r}") from None
 
 
-class Room:
-    """Where one request's prefill and decode meet."""
+class Sender(Protocol):
+    """What a prefill engine is told about its rooms."""
 
-    def __init__(self) -> None:
-        """Start empty."""
-        loop = asyncio.get_running_loop()
-        self.prefill_came: asyncio.Future[None] = loop.create_future()
-        self.decode_came: asyncio.Future[None] = loop.create_future()
-        self.decode_left: asyncio.Future[None] = loop.create_future()
-        self.kv: asyncio.Future[Kv | str] = loop.create_future()  # text: why there will be none
+    def on_asked(self, room: int, place: Place, drop: bool) -> None:
+        """Hear that a decode worker is in the room; `drop`: it wants no KV."""
+
+    def on_granted(self, room: int) -> None:
+        """Hear that the decode worker has memory for the KV."""
+
+    def on_left(self, room: int) -> None:
+        """Hear that the decode worker gave the request up, or is gone."""
 
 
 class Rooms:
-    """The bootstrap server's memory."""
+    """The prefill's side: who is in which room. One engine, many decode workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, sender: Sender, heartbeat_s: float) -> None:
         """Start without rooms."""
-        self._rooms: dict[int, Room] = {}
+        self._sender, self._heartbeat_s = sender, heartbeat_s
+        self._open: set[int] = set()
+        self._decode: dict[int, tuple[web.WebSocketResponse, Place, bool]] = {}
+        self._sockets: set[web.WebSocketResponse] = set()
+        self._sending: set[asyncio.Future[None]] = set()
 
-    def open(self, number: int) -> Room:
-        """Enter a room as prefill. Raises HandshakeError when it is in use."""
-        room = self._rooms.setdefault(number, Room())
-        if room.prefill_came.done():
-            raise HandshakeError(f"bootstrap room {number} is already in use", bootstrap=True)
-        room.prefill_came.set_result(None)
-        return room
+    def open(self, room: int) -> None:
+        """Enter a room as prefill; `on_asked` follows at once when the decode worker is there."""
+        self._open.add(room)
+        if room in self._decode:
+            self._met(room)
 
-    def close(self, number: int, why: str) -> None:
-        """Leave a room as prefill; a decode worker that still waits there is told why."""
-        room = self._rooms.pop(number)
-        if not room.kv.done():
-            room.kv.set_result(why)
+    def _met(self, room: int) -> None:
+        socket, place, drop = self._decode[room]
+        self._say(socket, {"found": room})
+        self._sender.on_asked(room, place, drop)
+
+    def close(self, room: int, message: Json | None) -> None:
+        """Leave a room as prefill with a last message for the decode worker, if it is there."""
+        self._open.discard(room)
+        there = self._decode.pop(room, None)
+        if there and message:
+            self._say(there[0], message)
+
+    def _say(self, socket: web.WebSocketResponse, message: Json) -> None:
+        if socket.closed:
+            return
+
+        async def send() -> None:
+            with contextlib.suppress(ConnectionError):  # its leaving is noted by whoever reads from it
+                await socket.send_str(json.dumps(message))
+
+        task = asyncio.ensure_future(send())
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """Serve `GET /emulated/kv?room=N` to the decode worker."""
+        """Serve `GET /emulated/kv` to a decode worker, as long as it is connected."""
+        socket = web.WebSocketResponse(timeout=0.3, compress=False, heartbeat=self._heartbeat_s)
+        await socket.prepare(request)
+        place = Place.of(request.query)
+        self._sockets.add(socket)
         try:
-            number = int(request.query["room"])
-        except (KeyError, ValueError):
-            return web.json_response({"error": "room must be a whole number"}, status=400)
-        room = self._rooms.setdefault(number, Room())
-        if room.decode_came.done():
-            return web.json_response({"error": f"bootstrap room {number} already has a decode worker"}, status=409)
-        room.decode_came.set_result(None)
-        try:
-            # shield: the worker that leaves must not take the other one's futures with it
-            await asyncio.shield(room.prefill_came)
-            response = web.StreamResponse(headers={"Content-Type": "application/json"})
-            await response.prepare(request)
-            result = await asyncio.shield(room.kv)
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    try:
+                        self._hear(socket, place, json.loads(message.data))
+                    except (ValueError, TypeError, KeyError):
+                        await socket.close(code=aiohttp.WSCloseCode.UNSUPPORTED_DATA, message=b"not a message of pdbench emulate")
         finally:
-            if not room.kv.done():
-                room.decode_left.set_result(None)
-                if not room.prefill_came.done():
-                    del self._rooms[number]
-        await response.write(json.dumps({"error": result} if isinstance(result, str) else result.to_json()).encode())
-        return response
+            self._sockets.discard(socket)
+            for room in [room for room, there in self._decode.items() if there[0] is socket]:
+                self._leave(room)
+        return socket
+
+    def _hear(self, socket: web.WebSocketResponse, place: Place, said: Json) -> None:
+        if "ask" in said:
+            room = int(said["ask"])
+            if room in self._decode:
+                self._say(socket, {"failed": room, "why": f"bootstrap room {room} already has a decode worker"})
+                return
+            self._decode[room] = (socket, place, bool(said.get("drop")))
+            if room in self._open:
+                self._met(room)
+        elif "grant" in said and said["grant"] in self._decode:
+            self._sender.on_granted(int(said["grant"]))
+        elif "leave" in said and said["leave"] in self._decode:
+            self._leave(int(said["leave"]))
+
+    def _leave(self, room: int) -> None:
+        del self._decode[room]
+        if room in self._open:
+            self._sender.on_left(room)
+
+    async def shut(self) -> None:
+        """Close all connections."""
+        for socket in list(self._sockets):
+            await socket.close()
 
 
 def bootstrap_app(rooms: Rooms) -> web.Application:
@@ -148,62 +238,124 @@ def bootstrap_app(rooms: Rooms) -> web.Application:
     async def health(_: web.Request) -> web.Response:
         return web.Response(text="OK")
 
+    async def shut(_: web.Application) -> None:
+        await rooms.shut()
+
     app = web.Application()
     app.add_routes([web.get("/health", health), web.get("/emulated/kv", rooms.answer)])
+    app.on_shutdown.append(shut)
     return app
 
 
-class KvClient:
-    """The decode worker's side."""
+class Receiver(Protocol):
+    """What a decode engine is told about a request that it asked a prefill worker for."""
 
-    def __init__(self, timeouts: Timeouts, attempts: int, interval_s: float) -> None:
-        """Give how often, and how many seconds apart, a prefill that does not answer is asked. Needs a running loop."""
-        self._timeouts, self._attempts, self._interval_s = timeouts, attempts, interval_s
-        # Every waiting request holds one connection; the default of 100 would make a queue that no engine has.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    def on_found(self) -> None:
+        """Hear that the prefill worker knows the request, too."""
+
+    def on_kv(self, kv: Kv) -> None:
+        """Hear that the KV left the prefill worker."""
+
+    def on_failed(self, problem: HandshakeError) -> None:
+        """Hear that it will not come."""
+
+
+class Link:
+    """The decode's side of one pair: one prefill worker, all rooms that are asked of it."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, address: tuple[str, int], own: Place, timeouts: Timeouts, retry: tuple[int, float]
+    ):
+        """`retry`: how often, and how many seconds apart, a prefill that does not answer is asked."""
+        self._session, (self._host, self._port), self._own = session, address, own
+        self._timeouts, (self._attempts, self._interval_s) = timeouts, retry
+        self._rooms: dict[int, Receiver] = {}
+        self._outbox: asyncio.Queue[Json] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def ask(self, room: int, receiver: Receiver, drop: bool) -> None:
+        """Enter a room; `receiver` hears what comes of it."""
+        self._rooms[room] = receiver
+        self._outbox.put_nowait({"ask": room, "drop": drop})
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._live())
+
+    def grant(self, room: int) -> None:
+        """Say that there is memory."""
+        self._outbox.put_nowait({"grant": room})
+
+    def leave(self, room: int) -> None:
+        """Give a room up."""
+        if self._rooms.pop(room, None):
+            self._outbox.put_nowait({"leave": room})
 
     async def close(self) -> None:
-        """Close all connections: prefill workers see their decode leave."""
-        await self._session.close()
+        """Drop the connection: the prefill worker sees its decode leave."""
+        if self._task:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
 
-    async def fetch(self, host: str, port: int, room: int, on_found: Callable[[], None]) -> Kv:
-        """Return the KV of a room; `on_found` is called when the prefill is there too. Raises HandshakeError."""
-        address = f"{host}:{port}"
-        refused = 0
-        while True:
+    @property
+    def _url(self) -> URL:
+        own = {"address": self._own.address, "node": self._own.node, "fabric": self._own.fabric}
+        return URL.build(scheme="http", host=self._host, port=self._port, path="/emulated/kv", query=own)
+
+    async def _live(self) -> None:
+        refused, address = 0, f"{self._host}:{self._port}"
+        beat = self._timeouts.heartbeat_s * self._timeouts.heartbeat_failures
+        while self._rooms:
             try:
-                return await self._poll(host, port, room, on_found)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+                closing = aiohttp.ClientWSTimeout(ws_close=0.2)
+                async with self._session.ws_connect(self._url, timeout=closing, heartbeat=beat) as socket:
+                    refused = 0
+                    await self._talk(socket)
+                lost = self._take_all()
+                if lost:
+                    await self._heartbeat()
+                    message = f"Losing connection with prefill instance (bootstrap_addr: {address})"
+                    self._fail(lost, HandshakeError(message, bootstrap=False))
+            except (aiohttp.ClientConnectorError, TimeoutError):
                 refused += 1
-                if refused >= self._attempts:
-                    raise HandshakeError(
-                        f"Could not fetch prefill parallel info from {address} after {refused} attempts", bootstrap=True
-                    ) from None
-                await asyncio.sleep(self._interval_s)
-            except TimeoutError:
-                raise HandshakeError(
-                    f"KV of room {room} did not come from {address} within {self._timeouts.waiting_s:g} s",
-                    bootstrap=False,
-                ) from None
-            except aiohttp.ClientError:
-                await self._survive(host, port)
-            except ValueError as problem:
-                raise HandshakeError(f"{address} is not an emulated prefill worker: {problem}", bootstrap=True) from None
+                if refused < self._attempts:
+                    await asyncio.sleep(self._interval_s)
+                    continue
+                message = f"Could not fetch prefill parallel info from {address} after {refused} attempts"
+                self._fail(self._take_all(), HandshakeError(message, bootstrap=True))
+            except (aiohttp.ClientError, ValueError) as why:
+                message = f"{address} is not an emulated prefill worker: {why}"
+                self._fail(self._take_all(), HandshakeError(message, bootstrap=True))
 
-    async def _poll(self, host: str, port: int, room: int, on_found: Callable[[], None]) -> Kv:
-        url = URL.build(scheme="http", host=host, port=port, path="/emulated/kv", query={"room": str(room)})
-        limit = aiohttp.ClientTimeout(total=self._timeouts.waiting_s, sock_connect=5)
-        async with self._session.get(url, timeout=limit) as response:
-            if response.status == 200:
-                on_found()
-            data = json.loads(await response.read())
-        if isinstance(data, dict) and "error" in data:
-            raise HandshakeError(f"prefill {host}:{port} failed room {room}: {data['error']}", bootstrap=False)
-        return Kv.from_json(data)
+    async def _talk(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        async def write() -> None:
+            while True:
+                await socket.send_str(json.dumps(await self._outbox.get()))
 
-    async def _survive(self, host: str, port: int) -> None:
-        """Ask a prefill whose connection broke for its health, as SGLang's heartbeat does. Raises HandshakeError."""
-        url = URL.build(scheme="http", host=host, port=port, path="/health")
+        writer = asyncio.ensure_future(write())
+        try:
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    self._hear(json.loads(message.data))
+        finally:
+            writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError, aiohttp.ClientError):
+                await writer
+
+    def _hear(self, said: Json) -> None:
+        if not isinstance(said, dict):
+            raise ValueError(f"not a message: {said!r}")
+        if "found" in said and said["found"] in self._rooms:
+            self._rooms[said["found"]].on_found()
+        elif "kv" in said and said["kv"] in self._rooms:
+            kv = Kv.from_json(said)
+            self._rooms.pop(said["kv"]).on_kv(kv)
+        elif "failed" in said and said["failed"] in self._rooms:
+            why = f"prefill {self._host}:{self._port} failed room {said['failed']}: {said['why']}"
+            self._rooms.pop(said["failed"]).on_failed(HandshakeError(why, bootstrap=False))
+
+    async def _heartbeat(self) -> None:
+        """Wait as long as SGLang does before it gives a prefill up whose connection broke; its rooms are gone either way."""
+        url = URL.build(scheme="http", host=self._host, port=self._port, path="/health")
         for _ in range(self._timeouts.heartbeat_failures):
             await asyncio.sleep(self._timeouts.heartbeat_s)
             try:
@@ -211,4 +363,34 @@ class KvClient:
                     return
             except (aiohttp.ClientError, TimeoutError):
                 continue
-        raise HandshakeError(f"Losing connection with prefill instance (bootstrap_addr: {host}:{port})", bootstrap=False)
+
+    def _take_all(self) -> list[Receiver]:
+        receivers, self._rooms, self._outbox = list(self._rooms.values()), {}, asyncio.Queue()
+        return receivers
+
+    @staticmethod
+    def _fail(receivers: list[Receiver], problem: HandshakeError) -> None:
+        for receiver in receivers:
+            receiver.on_failed(problem)
+
+
+class Links:
+    """The decode's side: a link for every prefill worker that it was sent to."""
+
+    def __init__(self, own: Place, timeouts: Timeouts, attempts: int, interval_s: float) -> None:
+        """Needs a running loop."""
+        self._own, self._timeouts, self._retry = own, timeouts, (attempts, interval_s)
+        self._links: dict[tuple[str, int], Link] = {}
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), trust_env=False)
+
+    def to(self, host: str, port: int) -> Link:
+        """Return the link to a prefill worker; nothing is connected before something is asked."""
+        if (host, port) not in self._links:
+            self._links[host, port] = Link(self._session, (host, port), self._own, self._timeouts, self._retry)
+        return self._links[host, port]
+
+    async def close(self) -> None:
+        """Close all connections: prefill workers see their decode leave."""
+        for link in self._links.values():
+            await link.close()
+        await self._session.close()

@@ -4,34 +4,61 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from pdbench.emulate.asks import Ask, Body
-from pdbench.emulate.text import Output, word
+from pdbench.emulate.text import WORD_BYTES, WORD_LENGTH, Output, word
 
 DONE = b"data: [DONE]\n\n"
-_HOLE = "\x00hole\x00"
-_HOLE_JSON = json.dumps(_HOLE)
+#: Stands in a template for the text of a token: as long as every word, hence the frame around it fits them all.
+_HOLE = "~" * WORD_LENGTH
+_HOLE_JSON = json.dumps(_HOLE).encode()
+#: Turns an event into what is written to the socket: a chunk of HTTP/1.1, or the event as it is.
+Frame = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one item of a reply came to be: its output tokens, those of its prompt that were cached, seconds since arrival."""
+
+    digest: bytes
+    tokens: int
+    cached_tokens: int
+    e2e_s: float
+    aborted: str = ""
+
+    @property
+    def finish(self) -> str:
+        """The finish reason of the OpenAI routes."""
+        return "abort" if self.aborted else "length"
+
+    @property
+    def reason(self) -> Body:
+        """The finish reason of `/generate`."""
+        if self.aborted:
+            return {"type": "abort", "message": self.aborted, "status_code": None, "err_type": None}
+        return {"type": "length", "length": self.tokens}
 
 
 def _event(body: Body) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _around_hole(body: Body) -> tuple[str, str]:
-    """Return the event in two halves, between which the text of a token goes: words need no escaping."""
-    head, tail = _event(body).decode().split(_HOLE_JSON)
-    return f'{head}"', f'"{tail}'
+def _around_hole(event: bytes) -> tuple[bytes, bytes]:
+    """Return what comes before and after a token's text. No name can hold the hole: its quotes would be escaped there."""
+    head, tail = event.split(_HOLE_JSON)
+    return head + b'"', b'"' + tail
 
 
-def usage(prompt_tokens: int, output_tokens: int) -> Body:
-    """Return the usage object. Nothing is ever cached: the emulator has no prefix cache."""
+def usage(prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Body:
+    """Return the usage object."""
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + output_tokens,
         "completion_tokens": output_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "reasoning_tokens": 0,
     }
 
@@ -43,10 +70,16 @@ def openai_error(message: str, status: int) -> Body:
 
 
 class Stream(Protocol):
-    """The events of one item of a streamed reply, and its part of a reply that is not streamed."""
+    """The events of one item of a streamed reply, framed for the wire."""
 
-    def token(self, index: int, last: bool, e2e_s: float) -> bytes:
-        """Return what is sent when output token `index` is due (once each, in order), `e2e_s` after the arrival."""
+    def token(self, index: int) -> bytes:
+        """Return what is sent when output token `index`, which is not the last, is due (once each, in order)."""
+
+    def last(self, ending: Ending, token: bool) -> bytes:
+        """Return what ends the item: with its last token, or (`token` false) after the last one or without any."""
+
+    def empty(self) -> bytes:
+        """Return an event that has neither text nor tokens."""
 
     def error(self, message: str, status: int) -> bytes:
         """Return the event that tells of a failure after the stream began."""
@@ -55,167 +88,194 @@ class Stream(Protocol):
 class Completion:
     """One choice of `/v1/completions`."""
 
-    def __init__(self, ask: Ask, place: int, output: Output, reply_id: str, created: int) -> None:
+    def __init__(self, ask: Ask, place: int, output: Output, head: Body, cached: int, frame: Frame) -> None:
         """Prepare the parts of an event that never change."""
-        self._output, self._prompt = output, ask.items[place].prompt.tokens
+        self._output, self._prompt, self._cached, self._frame = output, ask.items[place].prompt.tokens, cached, frame
         self._continuous = ask.continuous_usage
-        head: Body = {"id": reply_id, "object": "text_completion", "created": created, "model": ask.model}
-        choice = {"index": place, "text": _HOLE, "logprobs": None, "finish_reason": None, "matched_stop": None}
-        self._head = head
-        self._going = _around_hole({**head, "choices": [choice], "usage": None})
-        self._choice: Body = choice
+        self._place, self._head = place, head
+        self._before, self._after = _around_hole(frame(self._body(_HOLE, None, None)))
 
-    def token(self, index: int, last: bool, e2e_s: float) -> bytes:
+    def _body(self, text: str, finish: str | None, tokens: int | None) -> bytes:
+        counted = usage(self._prompt, tokens, self._cached) if tokens is not None and self._continuous else None
+        choice = {"index": self._place, "text": text, "logprobs": None, "finish_reason": finish, "matched_stop": None}
+        return _event({**self._head, "choices": [choice], "usage": counted})
+
+    def token(self, index: int) -> bytes:
         """Return the event of one token."""
-        text = word(self._output.token(index))
-        if not last and not self._continuous:
-            return f"{self._going[0]}{text}{self._going[1]}".encode()
-        return _event(
-            {
-                **self._head,
-                "choices": [{**self._choice, "text": text, "finish_reason": "length" if last else None}],
-                "usage": usage(self._prompt, index + 1) if self._continuous else None,
-            }
-        )
+        token = self._output.token(index)
+        if self._continuous:
+            return self._frame(self._body(word(token), None, index + 1))
+        return self._before + WORD_BYTES[token] + self._after
+
+    def last(self, ending: Ending, token: bool) -> bytes:
+        """Return the event of the last token, or one without text."""
+        text = word(self._output.token(ending.tokens - 1)) if token else ""
+        return self._frame(self._body(text, ending.finish, ending.tokens))
+
+    def empty(self) -> bytes:
+        """Return an event with an empty text."""
+        return self._frame(self._body("", None, 0))
 
     def error(self, message: str, status: int) -> bytes:
         """Return the error event."""
-        return _event({"error": openai_error(message, status)})
+        return self._frame(_event({"error": openai_error(message, status)}))
 
 
 class Chat:
     """The one choice of `/v1/chat/completions`: a role event before the first token, a finish event after the last."""
 
-    def __init__(self, ask: Ask, output: Output, reply_id: str, created: int) -> None:
+    def __init__(self, ask: Ask, output: Output, head: Body, cached: int, frame: Frame) -> None:
         """Prepare the parts of an event that never change."""
-        self._output, self._prompt = output, ask.items[0].prompt.tokens
+        self._output, self._prompt, self._cached, self._frame = output, ask.items[0].prompt.tokens, cached, frame
         self._continuous = ask.continuous_usage
-        self._head: Body = {"id": reply_id, "object": "chat.completion.chunk", "created": created, "model": ask.model}
-        self._going = _around_hole(self._chunk({"content": _HOLE}, None, None))
+        self._head = head
+        self._before, self._after = _around_hole(frame(self._body({"content": _HOLE}, None, None)))
 
-    def _chunk(self, delta: Body, finish: str | None, tokens: int | None) -> Body:
-        return {
-            **self._head,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish, "matched_stop": None}],
-            "usage": usage(self._prompt, tokens) if tokens is not None and self._continuous else None,
-        }
+    def _body(self, delta: Body, finish: str | None, tokens: int | None) -> bytes:
+        counted = usage(self._prompt, tokens, self._cached) if tokens is not None and self._continuous else None
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish, "matched_stop": None}
+        return _event({**self._head, "choices": [choice], "usage": counted})
 
-    def token(self, index: int, last: bool, e2e_s: float) -> bytes:
-        """Return the event of one token, with the events that come just before or after it."""
-        text = word(self._output.token(index))
+    def token(self, index: int) -> bytes:
+        """Return the event of one token, after that of the role when it is the first."""
+        token = self._output.token(index)
         if self._continuous:
-            event = _event(self._chunk({"content": text}, None, index + 1))
+            event = self._frame(self._body({"content": word(token)}, None, index + 1))
         else:
-            event = f"{self._going[0]}{text}{self._going[1]}".encode()
-        if index == 0:
-            event = _event(self._chunk({"role": "assistant", "content": ""}, None, 0)) + event
-        return event + _event(self._chunk({}, "length", index + 1)) if last else event
+            event = self._before + WORD_BYTES[token] + self._after
+        return event if index else self.empty() + event
+
+    def last(self, ending: Ending, token: bool) -> bytes:
+        """Return the last token's event, if there is one, and that of the finish."""
+        event = self.token(ending.tokens - 1) if token else b""
+        return event + self._frame(self._body({}, ending.finish, ending.tokens))
+
+    def empty(self) -> bytes:
+        """Return the event of the role."""
+        return self._frame(self._body({"role": "assistant", "content": ""}, None, 0))
 
     def error(self, message: str, status: int) -> bytes:
         """Return the error event."""
-        return _event({"error": openai_error(message, status)})
+        return self._frame(_event({"error": openai_error(message, status)}))
 
 
 class Generate:
     """One item of `/generate`: text and ids are cumulative, as SGLang sends them by default."""
 
-    def __init__(self, ask: Ask, place: int, output: Output, reply_id: str) -> None:
+    def __init__(self, ask: Ask, place: int, output: Output, cached: int, frame: Frame) -> None:
         """Start with no output."""
-        self._output, self._item = output, ask.items[place]
+        self._output, self._item, self._cached, self._frame = output, ask.items[place], cached, frame
         self._place: Body = {"index": place} if ask.batch else {}
-        self._id = reply_id
         # The growing parts are kept as JSON: to make them anew for every token would cost more than all the rest.
-        self._text = self._ids = ""
+        self._text = self._ids = b""
         rest: Body = {"meta_info": {**self._meta(0, None), "completion_tokens": _HOLE}, **self._place}
-        self._before, self._after = json.dumps(rest, separators=(",", ":")).split(_HOLE_JSON)
+        before, self._after = json.dumps(rest, separators=(",", ":")).encode().split(_HOLE_JSON)
+        self._middle = b"]," + before[1:]
+        self._after += b"\n\n"
 
     def _meta(self, tokens: int, finish: Body | None) -> Body:
         return {
-            "id": self._id,
+            "id": self._item.rid,
             "finish_reason": finish,
             "prompt_tokens": self._item.prompt.tokens,
             "weight_version": "default",
             "completion_tokens": tokens,
-            "cached_tokens": 0,
+            "cached_tokens": self._cached,
             "reasoning_tokens": 0,
             "dp_rank": None,
         }
 
-    def body(self, tokens: int, finish: Body, e2e_s: float) -> Body:
-        """Return the reply with the first `tokens` tokens, complete after `e2e_s` seconds."""
-        ids = [self._output.token(index) for index in range(tokens)]
-        meta = {**self._meta(tokens, finish), "e2e_latency": e2e_s}
+    def body(self, ending: Ending) -> Body:
+        """Return the whole reply."""
+        ids = [self._output.token(index) for index in range(ending.tokens)]
+        meta = {**self._meta(ending.tokens, ending.reason), "e2e_latency": ending.e2e_s}
         return {"text": "".join(map(word, ids)), "output_ids": ids, "meta_info": meta, **self._place}
 
-    def token(self, index: int, last: bool, e2e_s: float) -> bytes:
-        """Return the event of one token."""
-        if last:
-            return _event(self.body(index + 1, {"type": "length", "length": index + 1}, e2e_s))
+    def token(self, index: int) -> bytes:
+        """Return the event of one token, with all before it."""
         token = self._output.token(index)
-        self._text += word(token)
-        self._ids = f"{self._ids},{token}" if index else str(token)
-        front = f'data: {{"text":"{self._text}","output_ids":[{self._ids}],'
-        return f"{front}{self._before[1:]}{index + 1}{self._after}\n\n".encode()
+        self._text += WORD_BYTES[token]
+        self._ids += b",%d" % token if index else b"%d" % token
+        return self._frame(
+            b'data: {"text":"%b","output_ids":[%b%b%d%b' % (self._text, self._ids, self._middle, index + 1, self._after)
+        )
+
+    def last(self, ending: Ending, token: bool) -> bytes:
+        """Return the event with all tokens and the finish reason."""
+        return self._frame(_event(self.body(ending)))
+
+    def empty(self) -> bytes:
+        """Return an event without output."""
+        return self._frame(_event({"text": "", "output_ids": [], "meta_info": self._meta(0, None), **self._place}))
 
     def error(self, message: str, status: int) -> bytes:
         """Return an event whose finish reason is abort: the way of `/generate` to tell of a failure."""
         kind = "BadRequestError" if status < 500 else "InternalServerError"
         finish: Body = {"type": "abort", "message": message, "status_code": status, "err_type": kind}
-        return _event({"text": "", "output_ids": [], "meta_info": self._meta(0, finish), **self._place})
+        return self._frame(_event({"text": "", "output_ids": [], "meta_info": self._meta(0, finish), **self._place}))
+
+
+def _unframed(event: bytes) -> bytes:
+    return event
 
 
 class Reply:
     """One reply with all of its items."""
 
-    def __init__(self, ask: Ask) -> None:
-        """Give it an id and a date."""
-        self._ask = ask
-        self._id = uuid.uuid4().hex
+    def __init__(self, ask: Ask, frame: Frame = _unframed) -> None:
+        """Date it; `frame` is how events go over the wire."""
+        self._ask, self._frame = ask, frame
         self._created = int(time.time())
 
-    def stream(self, place: int, digest: bytes) -> Stream:
+    def _head(self, kind: str) -> Body:
+        return {"id": self._ask.items[0].rid, "object": kind, "created": self._created, "model": self._ask.model}
+
+    def stream(self, place: int, digest: bytes, cached_tokens: int = 0) -> Stream:
         """Return the events of one item, made from the digest that its KV cache carried."""
         output = Output(digest)
         if self._ask.api == "generate":
-            return Generate(self._ask, place, output, self._item_id(place))
+            return Generate(self._ask, place, output, cached_tokens, self._frame)
         if self._ask.api == "completions":
-            return Completion(self._ask, place, output, self._id, self._created)
-        return Chat(self._ask, output, self._id, self._created)
+            return Completion(self._ask, place, output, self._head("text_completion"), cached_tokens, self._frame)
+        return Chat(self._ask, output, self._head("chat.completion.chunk"), cached_tokens, self._frame)
 
-    def _item_id(self, place: int) -> str:
-        return f"{self._id}-{place}" if self._ask.batch else self._id
+    def end(self, endings: list[Ending] | None) -> bytes:
+        """Return what comes after all items of a stream; None: they failed."""
+        usage_event = b""
+        if endings is not None and self._ask.include_usage and self._ask.api != "generate":
+            head = self._head("text_completion" if self._ask.api == "completions" else "chat.completion.chunk")
+            usage_event = self._frame(_event({**head, "choices": [], "usage": self._usage(endings)}))
+        return usage_event + self._frame(DONE)
 
-    def usage_event(self, tokens: list[int]) -> bytes:
-        """Return the last event of an OpenAI stream with `include_usage`; `tokens` are the outputs of the items."""
-        name = "text_completion" if self._ask.api == "completions" else "chat.completion.chunk"
-        head = {"id": self._id, "object": name, "created": self._created, "model": self._ask.model, "choices": []}
-        return _event({**head, "usage": self._usage(tokens)})
+    def _usage(self, endings: list[Ending]) -> Body:
+        prompt = sum(item.prompt.tokens for item in self._ask.items)
+        return usage(prompt, sum(ending.tokens for ending in endings), sum(ending.cached_tokens for ending in endings))
 
-    def _usage(self, tokens: list[int]) -> Body:
-        return usage(sum(item.prompt.tokens for item in self._ask.items), sum(tokens))
-
-    def whole(self, digests: list[bytes], tokens: list[int], e2e_s: list[float]) -> Body | list[Body]:
-        """Return the reply that is not streamed, from each item's digest, output tokens and latency in seconds."""
-        outputs = [Output(digest) for digest in digests]
+    def whole(self, endings: list[Ending]) -> Body | list[Body]:
+        """Return the reply that is not streamed, from how each item ended."""
+        outputs = [Output(ending.digest) for ending in endings]
+        pairs = list(zip(outputs, endings, strict=True))
         if self._ask.api == "generate":
-            parts = [Generate(self._ask, place, output, self._item_id(place)) for place, output in enumerate(outputs)]
             bodies = [
-                part.body(count, {"type": "length", "length": count}, seconds)
-                for part, count, seconds in zip(parts, tokens, e2e_s, strict=True)
+                Generate(self._ask, place, output, ending.cached_tokens, self._frame).body(ending)
+                for place, (output, ending) in enumerate(pairs)
             ]
             return bodies if self._ask.batch else bodies[0]
-        texts = ["".join(word(out.token(i)) for i in range(count)) for out, count in zip(outputs, tokens, strict=True)]
         chat = self._ask.api == "chat"
-        choices: list[Body] = [
-            {
-                "index": place,
-                **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
-                "logprobs": None,
-                "finish_reason": "length",
-                "matched_stop": None,
-            }
-            for place, text in enumerate(texts)
-        ]
-        name = "chat.completion" if chat else "text_completion"
-        head = {"id": self._id, "object": name, "created": self._created, "model": self._ask.model}
-        return {**head, "choices": choices, "usage": self._usage(tokens)}
+        choices: list[Body] = []
+        for place, (output, ending) in enumerate(pairs):
+            text = "".join(word(output.token(index)) for index in range(ending.tokens))
+            choices.append(
+                {
+                    "index": place,
+                    **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
+                    "logprobs": None,
+                    "finish_reason": ending.finish,
+                    "matched_stop": None,
+                }
+            )
+        return {
+            **self._head("chat.completion" if chat else "text_completion"),
+            "choices": choices,
+            "usage": self._usage(endings),
+        }

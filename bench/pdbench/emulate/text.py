@@ -15,22 +15,29 @@ import re
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from pdbench.model.radix import pack
 
 VOCABULARY_SIZE = 4096
 _MAX_ID = 2**31 - 1
 _WORD = re.compile(r"\S{1,16}")
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvwz" for vowel in "aeio"]
 _WORDS = [f" {first}{second}" for first in _SYLLABLES for second in _SYLLABLES]
+#: All output words have so many characters, which are ASCII and need no escaping in JSON.
+WORD_LENGTH = 5
+#: The words of all output tokens, as the bytes that go over the wire.
+WORD_BYTES = [text.encode() for text in _WORDS]
 _MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the emulator keeps it: its length in tokens and the SHA-256 of its token ids."""
+    """A prompt as the emulator keeps it: its length in tokens, the SHA-256 of its token ids, and for a prefix cache the ids."""
 
     tokens: int
     digest: bytes
+    packed: bytes = field(default=b"", compare=False, repr=False)
 
 
 def encode(text: str) -> list[int]:
@@ -46,7 +53,7 @@ def prompt_of(ids: Sequence[int]) -> Prompt:
         raise ValueError("token ids must be whole numbers") from None
     if packed and not (min(packed) >= 0 and max(packed) <= _MAX_ID):
         raise ValueError(f"token ids must be between 0 and {_MAX_ID}")
-    return Prompt(len(packed), hashlib.sha256(packed.tobytes()).digest())
+    return Prompt(len(packed), hashlib.sha256(packed.tobytes()).digest(), pack(packed))
 
 
 class Output:

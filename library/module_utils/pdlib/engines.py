@@ -26,7 +26,8 @@ class WorkerContext:
     node_rank: int
     dist_init: str
     transfer_backend: str
-    transport: str
+    node: str
+    rdma_fabric: str
     rdma_devices: Sequence[str]
     tcp_device: Optional[str]
     gpus: Sequence[int]
@@ -99,8 +100,10 @@ def _emulated_flags(c: WorkerContext) -> Dict[str, Any]:
         flags["bootstrap-port"] = c.bootstrap_port
     flags.update({"profile": c.profile, "model-path": c.model, "served-model-name": c.served_model_name})
     flags["tp-size"] = c.tensor_parallel_size
+    if c.mem_fraction is not None:
+        flags["mem-fraction-static"] = c.mem_fraction
     if c.role != "aggregated":
-        flags["transport"] = c.transport
+        flags.update({"node": c.node, "rdma-fabric": c.rdma_fabric, "transfer-backend": c.transfer_backend})
     if c.api_key:
         flags["api-key-file"] = f"{c.state_dir}/{KEY_FILE}"
     return flags
@@ -131,7 +134,10 @@ _EMULATED_OWNED = {
     "model-path": "model",
     "served-model-name": "served_model_name",
     "tp-size": "tensor_parallel_size",
-    "transport": "transfer_backend",
+    "node": "the inventory",
+    "rdma-fabric": "rdma_fabric",
+    "transfer-backend": "transfer_backend",
+    "mem-fraction-static": "mem_fraction",
     "api-key-file": "api_key",
 }
 

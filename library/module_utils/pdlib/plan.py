@@ -330,7 +330,6 @@ class Planner:
         index: int,
         ports: Mapping[str, int],
         backend: str,
-        transport: str,
         addresses: Mapping[str, str],
         links: Mapping[str, Link],
     ) -> Json:
@@ -343,7 +342,8 @@ class Planner:
             bootstrap_port=ports.get("bootstrap_port"), tensor_parallel_size=self.shape[worker.role].gpus,
             nodes=len(worker.ranks), node_rank=index,
             dist_init=f"{addresses[worker.ranks[0][0]]}:{ports.get('dist_init_port', 0)}", transfer_backend=backend,
-            transport=transport, rdma_devices=links[host].devices, tcp_device=settings["tcp_device"], gpus=gpus,
+            node=host, rdma_fabric=links[host].fabric if links[host].devices else "none",
+            rdma_devices=links[host].devices, tcp_device=settings["tcp_device"], gpus=gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
             api_key=self.cluster["api_key"] is not None, address=addresses[host],
         )  # fmt: skip
@@ -404,7 +404,9 @@ class Planner:
     def _installs(self, host: str, has_worker: bool) -> List[Json]:
         """Virtualenvs that the host needs, in the order in which they are made."""
         settings = self.inputs.hosts[host]
-        rows: List[Json] = [{"name": "supervisor", "requirements": ["requirements/supervisor.txt"]}]
+        rows: List[Json] = []
+        if settings["service_manager"] != "systemd":
+            rows.append({"name": "supervisor", "requirements": ["requirements/supervisor.txt"]})
         if host == self.router_host:
             rows.append({"name": f"{self.router.name}-{self.router.version}", "requirements": list(self.router.requirements)})
         if has_worker and settings["runtime"] == "venv":
@@ -434,11 +436,8 @@ class Planner:
         seen = {pair: expected_transport(backend, ends[pair[0]], ends[pair[1]], links, on_cpu[pair[0]]) for pair in pairs}
         workers: List[Json] = []
         for worker in placed:
-            kinds = sorted({transport for pair, transport in seen.items() if worker.name in pair})
-            slowest = next((kind for kind in ("tcp", "rdma", "cuda_ipc") if kind in kinds), "")
             ranks = [
-                self._rank(worker, index, ports[worker.name], backend, slowest, addresses, links)
-                for index in range(len(worker.ranks))
+                self._rank(worker, index, ports[worker.name], backend, addresses, links) for index in range(len(worker.ranks))
             ]
             url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
             workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
@@ -470,6 +469,7 @@ class Planner:
             "rdma_fabric": links[name].fabric,
             "rdma_devices": list(links[name].devices),
             "service_manager": settings["service_manager"],
+            "service_user": settings["service_user"],
             "state_dir": settings["state_dir"],
             "install_dir": settings["install_dir"],
             "venv_python": settings["venv_python"],
