@@ -104,7 +104,7 @@ def replay(engine: Engine, calls: Calls) -> dict[tuple[int, int], float]:
             getattr(worker, name)(at, twin, *rest)
         else:
             events = worker.advance(worker.next_at)
-            due |= {(event.request.tag, event.index): event.at for event in events if event.kind == "token"}  # type: ignore[misc]
+            due |= {(event.request.tag, event.number): event.at for event in events if event.kind == "token"}  # type: ignore[misc]
     return due
 
 
@@ -147,7 +147,7 @@ async def run(load: Workload) -> tuple[list[float], list[float], list[float]]:
             seen: dict[tuple[int, int], float] = books[-1][2]
 
             def note(job: Job, event: Event, seen: dict[tuple[int, int], float] = seen, real: Any = engine._token) -> None:
-                seen[id(job), event.index] = event.at
+                seen[id(job), event.number] = event.at
                 real(job, event)
 
             engine._token = note  # type: ignore[method-assign]

@@ -96,7 +96,7 @@ def test_a_driver_that_wakes_up_late_gets_the_same_schedule(
         for now in wake_ups:
             while arrivals and arrivals[0][0] <= now:  # stamped when it came, taken when the driver woke up
                 worker.submit(*arrivals.popleft())
-            seen += [(event.at, event.request.tag, event.index) for event in worker.advance(now)]
+            seen += [(event.at, event.request.tag, event.number) for event in worker.advance(now)]
             if not arrivals and worker.idle:
                 return seen
         raise AssertionError

@@ -28,7 +28,6 @@ log = logging.getLogger("pdbench.emulate")
 
 # uvloop's own clock stands still within a turn of the loop and counts whole milliseconds; hence this one.
 now = time.monotonic
-_FINE_S = 0.0003
 
 
 @dataclass(frozen=True)
@@ -396,8 +395,8 @@ class Engine:
         if at == FOREVER:
             return
         loop, delay = asyncio.get_running_loop(), at - now()
-        # uvloop's timers are of whole milliseconds, and may end early: the rest is waited for in turns of the loop.
-        self._timer = loop.call_soon(self._tick) if delay < _FINE_S else loop.call_later(max(delay, 0.001), self._tick)
+        # uvloop's timers are of whole milliseconds; what is due within the same one leaves together.
+        self._timer = loop.call_later(max(delay, 0.001), self._tick) if delay > 0 else loop.call_soon(self._tick)
 
     def _tick(self) -> None:
         self._timer, self._timer_at = None, FOREVER
@@ -419,9 +418,9 @@ class Engine:
         self._arm()
 
     def _token(self, job: Job, event: Event) -> None:
-        last = event.index == job.tokens - 1
+        last = event.number == job.tokens - 1
         if job.sink is not None:
-            job.sink.token(job, event.index, last)
+            job.sink.token(job, event.number, last)
         moment = now()
         self.metrics.lateness.observe(moment - event.at)
         if job.sent:

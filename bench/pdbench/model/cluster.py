@@ -169,7 +169,7 @@ class Simulation:
             if event.request.way == "send":
                 return
             trip.outcome.tokens.append(event.at)
-            if event.index == event.request.output_tokens - 1:
+            if event.number == event.request.output_tokens - 1:
                 computed = trip.pair[0] if trip.pair else event.request
                 trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, event.request.retractions
                 self._call(event.at, self._done)

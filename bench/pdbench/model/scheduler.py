@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pdbench.model.radix import Node, RadixCache
 from pdbench.model.rates import Rates
@@ -77,18 +77,17 @@ class Request:
         return self.prompt_tokens + self.generated
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something that leaves the worker at time `at`.
 
-    `token`: output token `index` reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last KV left
+    `token`: output token `number` (from 0) reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last KV left
     the prefill; `value` is then how long the transfer took, in seconds, from the end of the last chunk's computation.
     """
 
     at: float
     kind: Literal["token", "granted", "sent"]
     request: Request
-    index: int = 0
+    number: int = 0
     value: float = 0.0
 
 
