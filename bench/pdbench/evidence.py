@@ -18,6 +18,7 @@ from time import perf_counter
 
 import aiohttp
 
+from pdbench.engines import Engine, engine
 from pdbench.load.errors import LoadError
 from pdbench.records import replacing
 
@@ -28,8 +29,13 @@ _TYPE = re.compile(r"^#\s*TYPE\s+(\S+)\s+(\S+)")
 _INFO = (
     *("version", "startup_time", "model_path", "served_model_name", "device", "dtype", "tp_size", "dp_size", "page_size"),
     *("kv_cache_dtype", "context_length", "max_running_requests", "max_total_num_tokens", "disable_radix_cache"),
-    *("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_bootstrap_port", "emulator"),
+    *("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_bootstrap_port", "emulated"),
+    *("kv_bytes_per_token", "slow_down_s", "profiling", "faults", "emulated_transport"),
 )
+#: seconds in which a worker must have become idle, so that its cache can be emptied, and between two tries
+_IDLE_WITHIN_S, _IDLE_POLL_S = 20.0, 0.2
+#: seconds that a profiler may take to write what it recorded
+_PROFILE_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Deployment:
     """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once."""
 
     ratio: str
+    engine: Engine
     gpus: int
     router_url: str
     router_metrics_url: str
@@ -50,6 +57,7 @@ def read_plan(path: Path) -> Deployment:
         workers = plan["workers"]
         return Deployment(
             ratio=str(plan["ratio"]),
+            engine=engine(plan.get("engine")),
             # Workers that share a GPU do not make it two.
             gpus=len({(rank["host"], gpu) for worker in workers for rank in worker["ranks"] for gpu in rank["gpus"]}),
             router_url=str(plan["router"]["url"]).rstrip("/"),
@@ -99,7 +107,9 @@ class Evidence:
         """Make ready; metric pages are parsed in ``pool``, away from the process that stamps."""
         self._deployment = deployment
         self._pool = pool
-        self._session = aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT, trust_env=False)
+        # Each connection is used once: uvicorn drops idle ones after 5 s, and a POST that meets this is not sent again.
+        connector = aiohttp.TCPConnector(force_close=True)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT, connector=connector, trust_env=False)
         self.rows: list[tuple[int, float, str, str, str, float]] = []
 
     async def close(self) -> None:
@@ -110,6 +120,53 @@ class Evidence:
         """Return one side (``before`` or ``after``) of a point in evidence.json; ``t_s`` is its time in the point."""
         router, *workers = await asyncio.gather(self._router(), *(self._worker(url) for url in self._deployment.workers.values()))
         return {"t_s": t_s, "router": router, "workers": dict(zip(self._deployment.workers, workers, strict=True))}
+
+    async def reset(self, done: dict[str, object]) -> None:
+        """Bring every worker to its starting state, and put into ``done`` what came of it, by worker and step.
+
+        ``full_speed``: a slowed scheduler is released, whether it was slowed or not: SGLang cannot be asked. ``profile``: a
+        profiler is stopped only where the worker says that one runs ("none", "stopped"); where it does not say
+        ("unknown"), SGLang answers an idle /stop_profile with an error, and with SGLANG_PROFILE_V2 its scheduler dies of
+        it. ``flush``: caches are emptied, which a worker refuses with 400 while requests run. "ok", or why not.
+        """
+        names = list(self._deployment.workers.items())
+        found = await asyncio.gather(*(self._reset(url) for _, url in names))
+        done.update(zip((name for name, _ in names), found, strict=True))
+
+    async def _reset(self, url: str) -> dict[str, object]:
+        engine, steps = self._deployment.engine, {}
+        path, body = engine.full_speed
+        if path:
+            steps["full_speed"] = await self._told(url + path, body)
+        if engine.stop_profile:
+            steps["profile"] = await self._unprofiled(url, engine.stop_profile)
+        if engine.flush:
+            end = perf_counter() + _IDLE_WITHIN_S
+            while (answer := await self._told(url + engine.flush)).startswith("HTTP 400") and perf_counter() < end:
+                await asyncio.sleep(_IDLE_POLL_S)
+            steps["flush"] = answer
+        return dict(steps)
+
+    async def _unprofiled(self, url: str, path: str) -> str:
+        try:
+            info = json.loads(await self._text(f"{url}/server_info"))
+        except (_Silent, ValueError):
+            return "unknown"
+        if not isinstance(info, dict) or "profiling" not in info:
+            return "unknown"
+        if not info["profiling"]:
+            return "none"
+        answer = await self._told(url + path, within_s=_PROFILE_WITHIN_S)
+        return "stopped" if answer == "ok" else answer
+
+    async def _told(self, url: str, body: Mapping[str, object] | None = None, within_s: float = 10.0) -> str:
+        """POST; return "ok" for HTTP 200, else what came instead."""
+        try:
+            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=within_s)) as response:
+                text = " ".join((await response.text()).split())[:200]
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as why:
+            return f"{type(why).__name__}: {why}".rstrip(": ")
+        return "ok" if response.status == 200 else f"HTTP {response.status}{f': {text}' if text else ''}"
 
     async def scrape(self, point: int, start: float, every_s: float) -> None:
         """Append all metrics of all servers to ``rows`` every ``every_s`` seconds until cancelled."""

@@ -39,6 +39,8 @@ class Run:
     progress: Json
     manifest: Json
     prompt: str = "tokens"
+    logs: dict[str, str] = field(default_factory=dict)
+    lost: str = ""
     slo: Slo = field(default_factory=Slo)
     bounds: Bounds = field(default_factory=Bounds)
 
@@ -67,8 +69,11 @@ class Run:
             "manifest.json": self.manifest,
         }
         for name, content in files.items():
-            if name not in leave_out:
+            if name not in leave_out and name != self.lost:
                 (folder / name).write_text(json.dumps(content))
+        for name, text in self.logs.items():
+            (folder / "logs").mkdir(exist_ok=True)
+            (folder / "logs" / name).write_text(text)
         if "requests.parquet" not in leave_out:
             write_parquet(folder / "requests.parquet", self.records)
         return folder
@@ -80,6 +85,7 @@ def gpus(plan: Json) -> int:
 
 def worker(name: str, role: str, host: str, gpu: Sequence[int], port: int) -> Json:
     rank = {"host": host, "node_rank": 0, "gpus": list(gpu), "unit": f"pd-{name}.service", "argv": [], "env": {}}
+    rank["bootstrap_port"] = port + 1000
     return {"name": name, "role": role, "url": f"http://127.0.0.1:{port}", "ranks": [{**rank, "port": port}]}
 
 
@@ -163,6 +169,7 @@ def samples(role: str, served: Sequence[Record]) -> dict[str, float]:
             f"sglang:kv_transfer_total_mb_count{{{rank}}}": n,
             f"sglang:kv_transfer_total_mb_sum{{{rank}}}": n_in * KV_BYTES / 2**20,
             f"sglang:kv_transfer_latency_ms_count{{{rank}}}": n,
+            f'sglang:realtime_tokens_total{{{rank},mode="prefill_compute"}}': n_in,
         }
     shown = {name: float(value) for name, value in found.items() if value}
     return {**shown, f"sglang:num_running_reqs{{{rank}}}": 0.0}
@@ -185,11 +192,16 @@ def side(deployed: Json, records: Sequence[Record], t_s: float) -> Json:
             )
             seen[w["name"]] = {
                 "url": w["url"],
-                "server_info": {"version": "0.5.23", "startup_time": {"load_weight": 4.2}},
+                "server_info": {"version": "0.5.23", "startup_time": {"load_weight": 4.2}, "page_size": 1},
                 "metrics": samples(role, records[i :: len(same)]),
                 "error": "",
             }
     return {"t_s": t_s, "router": {"workers": listed, "readiness": {"status": "ready"}, "error": ""}, "workers": seen}
+
+
+def reset(deployed: Json) -> Json:
+    """What SGLang answers to the steps before a point."""
+    return {w["name"]: {"full_speed": "ok", "profile": "unknown", "flush": "ok"} for w in deployed["workers"]}
 
 
 def good(
@@ -229,7 +241,7 @@ def good(
         before = side(deployed, records, 0.0)
         for phase, count in ((WARMUP, 4), (MEASURE, num_requests)):
             records += requests(number, {**entry, "num_requests": count}, chunks, isl, rng, phase)
-        ends.append({"point": number, "before": before, "after": side(deployed, records, 9.0)})
+        ends.append({"point": number, "reset": reset(deployed), "before": before, "after": side(deployed, records, 9.0)})
     return Run(
         plan=deployed,
         records=records,

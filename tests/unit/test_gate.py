@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from unit.runfolder import Run, good
+from unit.gate_faults import KV_CHECKS, LIVE, SPOILT, expect, fail_a_request, lagging_loop, tell_kv_bytes
+from unit.runfolder import KV_BYTES, Run, good
 
 from pdbench.cli import main
 from pdbench.gate import POINT_CHECKS, RUN_CHECKS, judge
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import load
+from pdbench.gate.transport import allowed
 from pdbench.records import NOT_REPORTED
 from pdbench.run.summary import Bounds
 
@@ -37,229 +40,25 @@ def test_a_good_run_passes_every_check(ratio: str, rates: tuple[float, ...], tmp
     assert len(checks) == len(RUN_CHECKS) + len(POINT_CHECKS) * len(run.asked)
 
 
-# -- one spoilt place each: id of the check, what it must say, how the run is spoilt
-
-
-def lose_a_record(run: Run) -> None:
-    run.records.remove(run.measured()[7])
-    run.asked[0]["num_requests"] = 24
-
-
-def repeat_a_record(run: Run) -> None:
-    run.measured()[3].index = 4
-
-
-def fail_a_request(run: Run) -> None:
-    record = run.measured()[5]
-    record.ok, record.status, record.error = False, 500, "HTTP 500: Decode transfer failed"
-    record.first_s = record.end_s = math.nan
-    record.chunk_s, record.chunk_tokens = [], []
-
-
-def stop_early(run: Run) -> None:
-    run.measured()[2].output_tokens = 5
-
-
-def report_no_tokens(run: Run) -> None:
-    run.measured()[2].output_tokens, run.measured()[2].chunk_tokens = NOT_REPORTED, []
-
-
-def send_another_prompt(run: Run) -> None:
-    run.measured()[2].prompt_tokens_asked = 65
-
-
-def succeed_with_nothing(run: Run) -> None:
-    """The false success of benchmarks of broken transfers: HTTP 200, no token, "ok"."""
-    record = run.measured()[1]
-    record.output_tokens = record.output_tokens_asked = 0
-    record.chunk_s, record.chunk_tokens = [], []
-
-
-def first_token_at_once(run: Run) -> None:
-    record = run.measured()[1]
-    record.first_s = record.sent_s
-    record.chunk_s[0] = record.first_s
-
-
-def tokens_out_of_order(run: Run) -> None:
-    chunks = run.measured()[1].chunk_s
-    chunks[2], chunks[3] = chunks[3], chunks[2]
-
-
-def sent_too_early(run: Run) -> None:
-    record = run.measured()[1]
-    record.scheduled_s = record.sent_s + 0.002
-
-
-def end_too_early(run: Run) -> None:
-    run.measured()[1].end_s = run.measured()[1].chunk_s[-2]
-
-
-def forget_a_time(run: Run) -> None:
-    run.measured()[1].scheduled_s = math.nan
-
-
-def hit_the_cache(run: Run) -> None:
-    run.measured()[1].cached_tokens = 63
-
-
-def lose_a_worker_at_the_router(run: Run) -> None:
-    run.side("after")["router"]["workers"].pop()
-
-
-def strange_worker_at_the_router(run: Run) -> None:
-    run.side("before")["router"]["workers"][0]["url"] = "http://127.0.0.1:39999"
-
-
-def wrong_role_at_the_router(run: Run) -> None:
-    run.side("before")["router"]["workers"][-1]["worker_type"] = "decode"
-
-
-def sick_worker_at_the_router(run: Run) -> None:
-    run.side("after")["router"]["workers"][1]["is_healthy"] = False
-
-
-def router_silent(run: Run) -> None:
-    run.side("after")["router"] = {"workers": [], "readiness": {}, "error": "connection refused"}
-
-
-def idle_worker(run: Run) -> None:
-    """prefill-1 got nothing; prefill-0 did its work."""
-    counters, busy = run.metrics("prefill-1"), run.metrics("prefill-0")
-    for name, value in counters.items():
-        before = run.metrics("prefill-1", "before").get(name, 0.0)
-        busy[name] += value - before
-        counters[name] = before
-
-
-def transfer_fails(run: Run) -> None:
-    run.metrics("decode-0")['sglang:num_transfer_failed_reqs_total{engine_type="decode",tp_rank="0"}'] = 1.0
-
-
-def bootstrap_fails(run: Run) -> None:
-    run.metrics("prefill-2")['sglang:num_bootstrap_failed_reqs_total{tp_rank="0"}'] = 3.0
-
-
-def nothing_transferred(run: Run) -> None:
-    """Decode recomputes the prompts: every answer is right and nothing was disaggregated."""
-    for name in ("prefill-0", "prefill-1", "prefill-2"):
-        for end in ("before", "after"):
-            metrics = run.metrics(name, end)
-            for counter in [key for key in metrics if "kv_transfer" in key]:
-                del metrics[counter]
-
-
-def one_transfer_missing(run: Run) -> None:
-    for name in ("prefill-0", "prefill-1", "prefill-2"):
-        metrics = run.metrics(name)
-        for counter in [key for key in metrics if "kv_transfer_total_mb_count" in key]:
-            metrics[counter] -= name == "prefill-0"
-
-
-def empty_transfers(run: Run) -> None:
-    for name in ("prefill-0", "prefill-1", "prefill-2"):
-        metrics = run.metrics(name)
-        metrics.update({key: 0.0 for key in metrics if "kv_transfer_total_mb_sum" in key})
-
-
-def answers_from_elsewhere(run: Run) -> None:
-    for key in run.metrics("decode-0"):
-        if "generation_tokens_total" in key:
-            run.metrics("decode-0")[key] = 100.0
-
-
-def counter_falls(run: Run) -> None:
-    """decode-0 had served 400 requests before; the process that now counts 28 is another one."""
-    for key in run.metrics("decode-0", "before") | run.metrics("decode-0"):
-        if "e2e_request_latency_seconds_count" in key:
-            run.metrics("decode-0", "before")[key] = 400.0
-
-
-def started_again(run: Run) -> None:
-    run.side("after")["workers"]["prefill-0"]["server_info"]["startup_time"] = {"load_weight": 3.9}
-
-
-def interrupted(run: Run) -> None:
-    run.progress |= {"state": "stopped", "point": 1, "done": 12, "message": "SIGTERM"}
-
-
-def point_missing(run: Run) -> None:
-    run.progress["points"] = 2
-
-
-def lagging_loop(run: Run) -> None:
-    run.clients[0]["loop_lag_ms"]["p99"] = 150.0
-
-
-def unknown_loop(run: Run) -> None:
-    run.clients[0]["loop_lag_ms"] = {"p50": None, "p99": None, "max": None}
-
-
-def sent_late(run: Run) -> None:
-    for record in run.measured():
-        record.scheduled_s -= 0.15
-
-
-def load_not_made(run: Run) -> None:
-    run.clients[0]["delivered_load"] = 0.8
-
-
-def load_unknown(run: Run) -> None:
-    run.clients[0]["delivered_load"] = None
-
-
-SPOILT = [
-    ("requests-accounted", "no record of 1 of 24 (index 7)", lose_a_record),
-    ("requests-accounted", "more than one record of index 4", repeat_a_record),
-    ("error-rate", "1 of 24 requests failed (4.17%; allowed: 0.00%): 1 x HTTP 500: Decode transfer failed", fail_a_request),
-    ("output-tokens", "request 2: 5 of 6", stop_early),
-    ("output-tokens", "reported no token count for 1 answers", report_no_tokens),
-    ("prompt-tokens", "request 2: 64 for 65", send_another_prompt),
-    ("no-empty-success", "1 requests count as successes without output (index 1)", succeed_with_nothing),
-    ("timing", "request 1: TTFT is 0.000 ms", first_token_at_once),
-    ("timing", "request 1: tokens out of order", tokens_out_of_order),
-    ("timing", "request 1: sent before it was due", sent_too_early),
-    ("timing", "request 1: tokens outside of its first and last", end_too_early),
-    ("timing", "request 1: a success without all of its times", forget_a_time),
-    ("prefix-cache", "1 prompts were answered from the prefix cache (63 tokens", hit_the_cache),
-    ("ratio", "prefill http://127.0.0.1:30002 was missing at the router after the point", lose_a_worker_at_the_router),
-    ("ratio", "http://127.0.0.1:39999 before the point, which is not in the plan", strange_worker_at_the_router),
-    ("ratio", "decode http://127.0.0.1:30002 before the point, which is not in the plan", wrong_role_at_the_router),
-    ("ratio", "for unhealthy after the point", sick_worker_at_the_router),
-    ("ratio", "not read after the point: connection refused", router_silent),
-    ("workers-served", "prefill-1 served nothing (sglang:prompt_tokens_total moved by 0)", idle_worker),
-    ("engine-counts", "generation_tokens_total of decode-0 moved by 100, the client's answers imply 168", answers_from_elsewhere),
-    ("no-restart", "decode-0 restarted during the point (sglang:e2e_request_latency_seconds_count fell from 400", counter_falls),
-    ("no-restart", "prefill-0 restarted during the point (startup_time changed", started_again),
-    ("kv-failures", "decode-0: sglang:num_transfer_failed_reqs_total moved by 1", transfer_fails),
-    ("kv-failures", "prefill-2: sglang:num_bootstrap_failed_reqs_total moved by 3", bootstrap_fails),
-    ("kv-transfer", "finished 0 KV transfers for 28 answers (prefill-0 shows none of", nothing_transferred),
-    ("kv-transfer", "finished 27 KV transfers for 28 answers", one_transfer_missing),
-    ("kv-transfer", "28 KV transfers of 0 bytes", empty_transfers),
-    ("complete", "incomplete: stopped at point 1 of 1, request 12 of 24: SIGTERM", interrupted),
-    ("complete", "incomplete: 1 of 2 load points have records", point_missing),
-    ("client-loop", "event-loop lag of the client: p99 150.0 ms (bound 100 ms): the client did not keep up", lagging_loop),
-    ("client-loop", "recorded nothing of it: event-loop lag", unknown_loop),
-    ("client-on-time", "sending after a request was due: p99 150.3 ms (bound 100 ms)", sent_late),
-    ("client-load", "delivered 80.0% of the configured load (concurrency 4;", load_not_made),
-    ("client-load", "did not record which load it delivered", load_unknown),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("id", "says", "spoil"), SPOILT, ids=[spoil.__name__ for _, _, spoil in SPOILT])
-def test_exactly_the_right_check_fails(id: str, says: str, spoil: Callable[[Run], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ids", "says", "spoil"), SPOILT, ids=[spoil.__name__ for _, _, spoil in SPOILT])
+def test_exactly_the_right_checks_fail(ids: tuple[str, ...], says: str, spoil: Callable[[Run], None], tmp_path: Path) -> None:
     run = good(concurrency=(4,))
     spoil(run)
     found = failures(verdicts(run, tmp_path))
-    assert set(found) == {id}
-    assert says in found[id]
+    assert set(found) == set(ids)
+    assert says in found[ids[0]]
 
 
-def test_every_check_is_shown_failing_and_explained(tmp_path: Path) -> None:
-    ids = {check.id for check in verdicts(good(), tmp_path)}
-    assert ids == {id for id, _, _ in SPOILT} | {"files"}
-    page = (ROOT / "docs" / "validity.md").read_text()
-    assert [id for id in sorted(ids) if f"`{id}`" not in page] == []
+def test_every_check_is_shown_failing(tmp_path: Path) -> None:
+    shown = {id for ids, _, _ in SPOILT for id in ids} | {id for fault in LIVE for id in fault.checks}
+    assert {check.id for check in verdicts(good(), tmp_path)} == shown
+
+
+def test_the_page_says_what_the_tests_show() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "docs_validity.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["plan.json", "requests.parquet", "summary.json", "evidence.json"])
@@ -284,8 +83,8 @@ def test_without_engine_metrics_nothing_about_the_engines_is_believed(tmp_path: 
     for entry in run.side("after")["workers"].values():
         entry["metrics"] = {}
     found = failures(verdicts(run, tmp_path))
-    assert set(found) == {"workers-served", "engine-counts", "kv-failures", "kv-transfer"}
-    assert all("prefill-0 after the point: it showed no metrics (is --enable-metrics set?)" in why for why in found.values())
+    assert set(found) == {"workers-served", "engine-counts", *KV_CHECKS}
+    assert all("-0 after the point: it showed no metrics (is --enable-metrics set?)" in why for why in found.values())
 
 
 def test_the_next_counter_is_taken_and_named_where_the_first_is_missing(tmp_path: Path) -> None:
@@ -299,6 +98,103 @@ def test_the_next_counter_is_taken_and_named_where_the_first_is_missing(tmp_path
     assert failures(checks) == {}
     (found,) = [check for check in checks if check.id == "kv-transfer"]
     assert found.evidence["transfers"]["prefill-0"]["counter"] == "sglang:kv_transfer_latency_ms_count"
+    (found,) = [check for check in checks if check.id == "kv-bytes"]
+    assert found.evidence["caution"].startswith("the size of the KV transfers is not known: prefill-0 shows none of")
+
+
+def test_whole_pages_move(tmp_path: Path) -> None:
+    """Prompts of 64 tokens fill 3 pages of 24 tokens: 72 tokens' worth of bytes."""
+    run = good(concurrency=(4,))
+    tell_kv_bytes(run)
+    for end in ("before", "after"):
+        for name in ("prefill-0", "prefill-1", "prefill-2"):
+            run.side(end)["workers"][name]["server_info"]["page_size"] = 24
+            metrics = run.metrics(name, end)
+            metrics.update({key: value * 72 / 64 for key, value in metrics.items() if "total_mb_sum" in key})
+    assert failures(verdicts(run, tmp_path)) == {}
+
+
+def test_transfers_beyond_the_answers_may_move_more(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    tell_kv_bytes(run)
+    metrics = run.metrics("prefill-0")
+    for key in [key for key in metrics if "kv_transfer_total_mb" in key]:
+        metrics[key] += 2 if key.startswith("sglang:kv_transfer_total_mb_count") else 2 * 64 * KV_BYTES / 2**20
+    assert failures(verdicts(run, tmp_path)) == {}
+    for key in [key for key in metrics if "kv_transfer_total_mb_sum" in key]:
+        metrics[key] += 1
+    assert set(failures(verdicts(run, tmp_path))) == {"kv-bytes"}
+
+
+def test_how_the_kv_cache_moved_is_said_where_it_can_be_seen(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    expect(run, "rdma")
+    run.logs["gh200-pd-prefill-0.log"] = "Using RDMA transport (RoCE/iWARP)"
+    run.metrics("decode-0")['pdbench_emulator_kv_transfers_total{peer="127.0.0.1:31001",transport="rdma"}'] = 9.0
+    run.side("after")["workers"]["decode-0"]["server_info"]["emulated_transport"] = {"127.0.0.1:31002": "rdma"}
+    (found,) = [check for check in verdicts(run, tmp_path) if check.id == "transport"]
+    assert (found.ok, found.message) == (True, "all 3 pairs moved their KV cache as expected")
+    assert [list(row["seen"]) for row in found.evidence["pairs"].values()] == [
+        ["log of prefill-0"], ["pdbench_emulator_kv_transfers_total"], ["emulated_transport"],
+    ]  # fmt: skip
+    del run.logs["gh200-pd-prefill-0.log"]
+    (found,) = [check for check in verdicts(run, tmp_path / "unseen") if check.id == "transport"]
+    assert found.ok
+    assert found.evidence["caution"].startswith("how the KV cache moved was not seen for prefill-0 to decode-0 (the engine")
+
+
+@pytest.mark.parametrize(
+    ("setting", "ways"),
+    [
+        ("tcp,self", {"tcp"}),
+        ("tcp,cuda_copy,cuda_ipc,rc_x", {"tcp", "cuda_ipc", "rdma"}),
+        ("all", set()),
+        ("^tcp", set()),
+        ("tcp,novel", set()),
+        (None, set()),
+    ],
+)
+def test_what_ucx_tls_leaves_possible(setting: str | None, ways: set[str]) -> None:
+    assert allowed(setting) == ways
+
+
+def vllm(run: Run) -> None:
+    """Turn the run into one of vLLM workers: it counts under other names, and the KV transfers on the decode side."""
+    run.plan["engine"] = "vllm"
+    for point in run.evidence["points"]:
+        point["reset"] = {name: {} for name in point["reset"]}
+        for end in ("before", "after"):
+            moved: dict[str, float] = {}
+            for name, entry in sorted(point[end]["workers"].items(), reverse=True):
+                old = {key.split("{")[0].removeprefix("sglang:"): value for key, value in entry["metrics"].items()}
+                prompt, count = old.get("prompt_tokens_total", 0), old.get("num_requests_total", 0)
+                source = "external_kv_transfer" if name == "decode-0" else "local_compute"
+                entry["metrics"] = {
+                    'vllm:prompt_tokens_total{engine="0"}': prompt,
+                    'vllm:generation_tokens_total{engine="0"}': old.get("generation_tokens_total", 0),
+                    'vllm:request_success_total{finished_reason="length"}': count,
+                    f'vllm:prompt_tokens_by_source_total{{engine="0",source="{source}"}}': prompt,
+                }
+                moved = {name: prompt * KV_BYTES, "count": count} if name.startswith("decode") else moved
+            point[end]["workers"]["decode-0"]["metrics"] |= {
+                "vllm:nixl_bytes_transferred_sum": moved.get("decode-0", 0),
+                "vllm:nixl_bytes_transferred_count": moved.get("count", 0),
+                "vllm:nixl_num_failed_transfers_total": 0,
+            }
+
+
+def test_another_engine_is_judged_by_its_own_counters(tmp_path: Path) -> None:
+    run = good(concurrency=(4, 8))
+    vllm(run)
+    assert failures(verdicts(run, tmp_path)) == {}
+    metrics = run.metrics("decode-0", point=1)
+    metrics["vllm:nixl_num_failed_transfers_total"] = 2.0
+    metrics['vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"}'] = 640.0
+    found = failures(verdicts(run, tmp_path))
+    assert found == {
+        "kv-failures": "decode-0: vllm:nixl_num_failed_transfers_total moved by 2",
+        "decode-only": "decode-0 computed 640 prompt tokens itself",
+    }
 
 
 def test_a_labelled_fallback_counter_counts_only_its_stage(tmp_path: Path) -> None:
@@ -407,7 +303,7 @@ def test_the_command_names_the_point_of_a_failure(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert "  FAIL  output-tokens" in said
     assert "concurrency 8: 1 answers do not have the length" in said
-    assert said.endswith(f"INVALID: 1 of {2 + 2 * len(POINT_CHECKS)} checks failed\n")
+    assert said.endswith(f"INVALID: 1 of {len(RUN_CHECKS) + 2 * len(POINT_CHECKS)} checks failed\n")
     written = json.loads((tmp_path / "validity.json").read_text())
     assert (written["schema"], written["valid"]) == (1, False)
     (bad,) = [check for check in written["checks"] if not check["ok"]]

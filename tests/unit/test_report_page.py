@@ -71,7 +71,7 @@ def test_a_valid_run_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
     page = report(run, tmp_path / "run-7")
     assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'run-7' / 'report.html'}\n")
     for sentence in (
-        "Valid. All 34 checks passed",
+        "Valid. All 41 checks passed",
         "3p1d: 3 prefill workers and 1 decode worker of sglang 0.5.23, serving Qwen/Qwen2.5-3B-Instruct as qwen, "
         "on 4 GPUs of 2 hosts (gh200, a100).",
         "The KV cache moves with nixl, expected over TCP for 3 prefill-decode pairs: gh200 is infiniband and a100 is roce: "
@@ -163,7 +163,7 @@ def test_nothing_in_a_run_breaks_out_of_the_page(tmp_path: Path) -> None:
     run = good(concurrency=(4,))
     for key in ("model", "served_model_name", "engine", "transfer_backend_reason"):
         run.plan[key] = EVIL
-    run.plan["pairs"][0]["expected_transport"] = EVIL
+    run.plan["pairs"][0] |= {"prefill": EVIL, "expected_transport": EVIL}
     run.plan["workers"][0] |= {"name": EVIL}
     run.plan["workers"][0]["ranks"][0]["host"] = EVIL
     run.plan["router"] |= {"name": EVIL, "host": EVIL}

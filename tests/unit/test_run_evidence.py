@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web
 
-from pdbench.evidence import parse_metrics, read_plan, write_metrics
+from pdbench import evidence
+from pdbench.engines import engine
+from pdbench.evidence import Deployment, Evidence, parse_metrics, read_plan, write_metrics
 from pdbench.load.errors import LoadError
 
 PAGE = """# HELP sglang:prompt_tokens_total Tokens.
@@ -86,3 +92,106 @@ def test_scrapes_become_rows(tmp_path: Path, rows: list[tuple[int, float, str, s
     table = pq.read_table(tmp_path / "m.parquet")
     assert table.column_names == ["point", "t_s", "source", "name", "labels", "value"]
     assert [tuple(row.values()) for row in table.to_pylist()] == rows
+
+
+# -- what is done to every worker before a load point
+
+
+class Worker:
+    """The endpoints that are asked; what was asked stands in ``seen``."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, object, str]] = []
+        self.info: dict[str, object] = {}
+        self.answers: dict[str, list[int]] = {}
+
+    async def handle(self, request: web.Request) -> web.Response:
+        if request.path == "/server_info":
+            return web.json_response(self.info)
+        body = await request.text()
+        self.seen.append((request.path, json.loads(body) if body else None, request.headers.get("Authorization", "")))
+        left = self.answers.get(request.path, [])
+        return web.Response(status=left.pop(0) if len(left) > 1 else left[0] if left else 200, text="said\nso")
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            host, port = runner.addresses[0][:2]
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+
+async def reset(worker: Worker, name: str = "sglang") -> object:
+    async with worker.listening() as url:
+        with ThreadPoolExecutor(1) as pool:
+            asked = Evidence(
+                Deployment("1p1d", engine(name), 2, url, "", {"prefill-0": url}), {"Authorization": "Bearer k"}, pool
+            )
+            done: dict[str, object] = {}
+            try:
+                await asked.reset(done)
+            finally:
+                await asked.close()
+    return done["prefill-0"]
+
+
+async def test_every_worker_is_brought_to_its_starting_state() -> None:
+    worker = Worker()
+    assert await reset(worker) == {"full_speed": "ok", "profile": "unknown", "flush": "ok"}
+    assert worker.seen == [
+        ("/slow_down", {"forward_sleep_time": None}, "Bearer k"),
+        ("/flush_cache", None, "Bearer k"),
+    ]
+
+
+async def test_a_profile_is_stopped_only_where_the_worker_says_that_one_runs() -> None:
+    """SGLang does not say, answers an idle /stop_profile with an error, and may die of it: it is left alone."""
+    worker = Worker()
+    for info, came, asked in [
+        ({}, "unknown", 0),
+        ({"profiling": False}, "none", 0),
+        ({"profiling": True}, "stopped", 1),
+    ]:
+        worker.info, worker.seen = dict(info), []
+        steps = await reset(worker)
+        assert isinstance(steps, dict)
+        assert (steps["profile"], [path for path, _, _ in worker.seen].count("/stop_profile")) == (came, asked)
+
+
+async def test_a_cache_is_emptied_as_soon_as_the_worker_is_idle() -> None:
+    worker = Worker()
+    worker.answers["/flush_cache"] = [400, 400, 200]
+    assert await reset(worker) == {"full_speed": "ok", "profile": "unknown", "flush": "ok"}
+    assert [path for path, _, _ in worker.seen].count("/flush_cache") == 3
+
+
+async def test_what_a_worker_refuses_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "_IDLE_WITHIN_S", 0.3)
+    worker = Worker()
+    worker.info = {"profiling": True}
+    worker.answers = {"/slow_down": [401], "/stop_profile": [500], "/flush_cache": [400]}
+    assert await reset(worker) == {
+        "full_speed": "HTTP 401: said so",
+        "profile": "HTTP 500: said so",
+        "flush": "HTTP 400: said so",
+    }
+    with ThreadPoolExecutor(1) as pool:
+        gone = Evidence(Deployment("1p1d", engine("sglang"), 2, "http://x", "", {"prefill-0": "http://127.0.0.1:9"}), {}, pool)
+        done: dict[str, dict[str, str]] = {}
+        await gone.reset(done)  # type: ignore[arg-type]
+        await gone.close()
+    assert done["prefill-0"]["full_speed"].startswith("ClientConnectorError: Cannot connect to host 127.0.0.1:9")
+    assert done["prefill-0"]["flush"].startswith("ClientConnectorError")
+
+
+async def test_an_engine_without_such_calls_is_not_asked() -> None:
+    worker = Worker()
+    assert await reset(worker, "vllm") == {}
+    assert worker.seen == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdbench.gate import client, cluster, requests
+from pdbench.gate import client, cluster, kv, leftovers, requests, transport
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import Point, RunData
 
-RUN_CHECKS: tuple[Callable[[RunData], Check], ...] = (client.files, client.state)
+RUN_CHECKS: tuple[Callable[[RunData], Check], ...] = (client.files, client.state, transport.transport)
 POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
     requests.accounted,
     requests.errors,
@@ -21,8 +21,11 @@ POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
     cluster.served,
     cluster.engine_counts,
     cluster.restarted,
-    cluster.transfer_failures,
-    cluster.transferred,
+    leftovers.leftovers,
+    kv.transfer_failures,
+    kv.transferred,
+    kv.moved_bytes,
+    kv.computed,
     client.lag,
     client.lateness,
     client.load,

@@ -6,27 +6,10 @@ from collections import Counter
 from typing import Any
 
 from pdbench.gate.check import Check, some
-from pdbench.gate.counters import moved, scrape, signs_of_restart
+from pdbench.gate.counters import moved, signs_of_restart
 from pdbench.gate.rundata import Point, RunData
 from pdbench.metrics import input_tokens, output_tokens
 
-#: What shows that a worker did its part of a request, in the order of preference: the first one that it has is taken.
-#: SGLang 0.5.23 counts these when a request finishes, in `observe_one_finished_request` (metrics_collector.py), on prefill
-#: and on decode servers; its own health requests carry log_metrics=False and are not counted.
-SERVED = {
-    "prefill": ("sglang:prompt_tokens_total", "sglang:num_requests_total", "sglang:kv_transfer_total_mb_count"),
-    "decode": ("sglang:generation_tokens_total", "sglang:num_requests_total"),
-    "aggregated": ("sglang:generation_tokens_total", "sglang:num_requests_total"),
-}
-#: KV transfers that ended well, counted by the prefill side (`process_disagg_prefill_inflight_queue`, prefill.py).
-TRANSFERS = (
-    "sglang:kv_transfer_total_mb_count",
-    "sglang:kv_transfer_latency_ms_count",
-    'sglang:per_stage_req_latency_seconds_count{stage="prefill_transfer_kv_cache"}',
-)
-TRANSFERRED_MB = "sglang:kv_transfer_total_mb_sum"
-#: KV transfers that failed; a counter that never moved has no sample.
-TRANSFER_FAILURES = ("sglang:num_transfer_failed_reqs_total", "sglang:num_bootstrap_failed_reqs_total")
 #: The role in which sglang-router lists a worker -> the role in the plan.
 _ROUTER_ROLES = {"regular": "aggregated"}
 
@@ -78,7 +61,7 @@ def served(run: RunData, point: Point) -> Check:
     evidence: dict[str, Any] = {}
     faults, unknown = [], []
     for worker in run.workers:
-        change = moved(point.evidence, worker["name"], SERVED[worker["role"]])
+        change = moved(point.evidence, worker["name"], run.engine.served[worker["role"]])
         evidence[worker["name"]] = {"counter": change.counter, "moved": change.amount}
         if change.amount is None:
             unknown.append(change.problem)
@@ -96,8 +79,8 @@ def engine_counts(run: RunData, point: Point) -> Check:
     faults: list[str] = []
     evidence: dict[str, Any] = {}
     wanted = {
-        "sglang:prompt_tokens_total": ("prefill", sum(map(input_tokens, point.answers))),
-        "sglang:generation_tokens_total": ("decode", sum(map(output_tokens, point.answers))),
+        run.engine.prompt_tokens: ("prefill", sum(map(input_tokens, point.answers))),
+        run.engine.output_tokens: ("decode", sum(map(output_tokens, point.answers))),
     }
     for counter, (role, received) in wanted.items():
         workers = [w["name"] for w in run.workers if w["role"] in (role, "aggregated")]
@@ -114,54 +97,7 @@ def engine_counts(run: RunData, point: Point) -> Check:
 
 def restarted(run: RunData, point: Point) -> Check:
     """No worker restarted during the point."""
-    signs = {worker["name"]: signs_of_restart(point.evidence, worker["name"]) for worker in run.workers}
+    signs = {worker["name"]: signs_of_restart(point.evidence, worker["name"], run.engine.lifelines) for worker in run.workers}
     signs = {name: found for name, found in signs.items() if found}
     message = some((f"{name} restarted during the point ({some(found, 1)})" for name, found in signs.items()), 3)
     return Check("no-restart", not signs, point.index, message or "no worker restarted", {"signs": signs})
-
-
-def transfer_failures(run: RunData, point: Point) -> Check:
-    """No KV transfer and no bootstrap failed on any worker."""
-    if not run.disaggregated:
-        return Check("kv-failures", True, point.index, "aggregated workers move no KV cache", {})
-    faults, evidence = [], {}
-    for worker in run.workers:
-        name = worker["name"]
-        ends = [scrape(point.evidence, end, name) for end in ("before", "after")]
-        problem = next((end.error for end in ends if end.error), "")
-        if problem:
-            faults.append(f"cannot tell whether transfers failed: {problem}")
-            continue
-        for counter in TRANSFER_FAILURES:
-            before, after = (end.total(counter) or 0.0 for end in ends)
-            if after != before:
-                faults.append(f"{name}: {counter} moved by {after - before:g}")
-                evidence[f"{name} {counter}"] = after - before
-    return Check("kv-failures", not faults, point.index, some(faults, 3) or "no KV transfer failed", evidence)
-
-
-def transferred(run: RunData, point: Point) -> Check:
-    """The prefill workers finished at least one KV transfer for every answer, and bytes moved."""
-    if not run.disaggregated:
-        return Check("kv-transfer", True, point.index, "aggregated workers move no KV cache", {})
-    names = [w["name"] for w in run.workers if w["role"] == "prefill"]
-    counts = {name: moved(point.evidence, name, TRANSFERS) for name in names}
-    sizes = {name: moved(point.evidence, name, (TRANSFERRED_MB,)).amount for name in names}
-    total, megabytes = sum(c.amount or 0.0 for c in counts.values()), sum(size or 0.0 for size in sizes.values())
-    prompt = sum(map(input_tokens, point.answers))
-    evidence = {
-        "answers": len(point.answers),
-        "transfers": {name: {"counter": c.counter, "moved": c.amount} for name, c in counts.items()},
-        "transferred_mib": sizes,
-        "bytes_per_prompt_token": megabytes * 2**20 / prompt if prompt else None,
-    }
-    problems = [c.problem for c in counts.values() if c.problem]
-    if total < len(point.answers):
-        because = f" ({some(problems, 1)})" if problems else ""
-        message = f"the prefill workers finished {total:g} KV transfers for {len(point.answers)} answers{because}"
-        return Check("kv-transfer", False, point.index, message, evidence)
-    if any(size is not None for size in sizes.values()) and megabytes <= 0:
-        message = f"the prefill workers counted {total:g} KV transfers of 0 bytes"
-        return Check("kv-transfer", False, point.index, message, evidence)
-    message = f"{total:g} KV transfers for {len(point.answers)} answers, {megabytes:.4g} MiB"
-    return Check("kv-transfer", True, point.index, message, evidence)

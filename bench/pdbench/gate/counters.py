@@ -8,13 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 _SAMPLE = re.compile(r"(?P<name>[^{]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
-#: counters that every SGLang server moves with each request, and which start from 0 with the process
-LIFELINES = (
-    "sglang:num_requests_total",
-    "sglang:prompt_tokens_total",
-    "sglang:generation_tokens_total",
-    "sglang:e2e_request_latency_seconds_count",
-)
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,16 @@ def moved(evidence: dict[str, Any], worker: str, counters: Sequence[str]) -> Mov
     return Moved(counters[0], None, f"{worker} shows none of {', '.join(counters)} (it never moved, or the engine lacks it)")
 
 
-def signs_of_restart(evidence: dict[str, Any], worker: str) -> list[str]:
-    """Return what a process does not do while it lives: a counter that fell, another start-up time.
+def info(evidence: dict[str, Any], end: str, worker: str) -> dict[str, Any]:
+    """Return what a worker said of itself at ``end`` of a point (a part of its /server_info); empty when it did not."""
+    side = evidence.get(end)
+    entry = side.get("workers", {}).get(worker) if isinstance(side, dict) else None
+    found = entry.get("server_info") if isinstance(entry, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def signs_of_restart(evidence: dict[str, Any], worker: str, lifelines: Sequence[str]) -> list[str]:
+    """Return what a process does not do while it lives: a counter of ``lifelines`` that fell, another start-up time.
 
     Nothing is returned for a worker without evidence: the checks that need it say so.
     """
@@ -85,16 +86,11 @@ def signs_of_restart(evidence: dict[str, Any], worker: str) -> list[str]:
     if before.error or after.error:
         return []
     signs = []
-    for counter in LIFELINES:
+    for counter in lifelines:
         start, end = before.total(counter) or 0.0, after.total(counter) or 0.0
         if end < start:
             signs.append(f"{counter} fell from {start:g} to {end:g}")
-    started = [_started(evidence[end]["workers"][worker]) for end in ("before", "after")]
+    started = [info(evidence, end, worker).get("startup_time") for end in ("before", "after")]
     if None not in started and started[0] != started[1]:
         signs.append(f"startup_time changed from {started[0]} to {started[1]}")
     return signs
-
-
-def _started(entry: dict[str, Any]) -> object:
-    info = entry.get("server_info")
-    return info.get("startup_time") if isinstance(info, dict) else None

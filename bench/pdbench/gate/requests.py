@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 
 from pdbench.gate.check import Check, some
+from pdbench.gate.counters import moved
 from pdbench.gate.rundata import Point, RunData
 from pdbench.metrics import output_tokens
 from pdbench.records import NOT_REPORTED, Record
@@ -143,38 +144,53 @@ def timing(run: RunData, point: Point) -> Check:
 
 
 def prefix_cache(run: RunData, point: Point) -> Check:
-    """No prompt was answered from a prefix cache.
+    """The caches were emptied before the point, and no prompt was answered from one.
 
     A request may hit on what the server itself puts before every prompt (begin-of-text token, chat template: at most the
-    prompt tokens reported beyond those asked for) and on CHANCE_PREFIX_TOKENS more.
+    prompt tokens reported beyond those asked for) and on CHANCE_PREFIX_TOKENS more. Where the workload declares shared
+    prefixes, hits are its own.
     """
-    if point.summary.get("shared_prefix"):
-        return Check("prefix-cache", True, point.index, "the workload declares shared prefixes", {})
     reported = [r for r in point.good if r.cached_tokens != NOT_REPORTED]
     hits = [r for r in reported if r.cached_tokens > _allowed_prefix(r)]
-    cached = sum(r.cached_tokens for r in reported)
-    prompt = sum(max(r.prompt_tokens, 0) for r in reported)
+    cached, prompt = sum(r.cached_tokens for r in reported), sum(max(r.prompt_tokens, 0) for r in reported)
+    # Of many prompts some begin with the same token by chance; no more is granted to their sum than one token each.
+    allowed = sum(_allowed_prefix(r) - CHANCE_PREFIX_TOKENS + 1 for r in point.answers)
+    counted = _counted_hits(run, point)
+    emptied = {worker["name"]: point.reset_of(worker["name"]).get("flush") for worker in run.workers}
     evidence = {
         "reported": len(reported),
         "of": len(point.good),
         "contaminated": len(hits),
         "cached_tokens": cached,
         "prompt_tokens": prompt,
+        "counted_by_engines": counted,
         "index": [r.index for r in hits[:20]],
+        "emptied": emptied,
     }
+    full = {name: why or "it was not asked" for name, why in emptied.items() if why != "ok"} if run.engine.flush else {}
+    faults = [f"{name} did not confirm that its cache is empty ({why})" for name, why in full.items()]
+    if point.summary.get("shared_prefix"):
+        message = some(faults, 2) or "the caches were empty before the point, and the workload declares shared prefixes"
+        return Check("prefix-cache", not faults, point.index, message, evidence)
     if hits:
-        share = cached / prompt if prompt else 1.0
         worst = max(hits, key=lambda r: r.cached_tokens)
-        message = (
-            f"{len(hits)} prompts were answered from the prefix cache ({cached} tokens, {share:.1%} of all; request "
-            f"{worst.index}: {worst.cached_tokens} of {worst.prompt_tokens}): change bench_seed or flush the cache"
+        faults.append(
+            f"{len(hits)} prompts were answered from the prefix cache ({cached} tokens, {cached / max(1, prompt):.1%} of all; "
+            f"request {worst.index}: {worst.cached_tokens} of {worst.prompt_tokens}): somebody sent them before"
         )
-    elif len(reported) < len(point.good):
+    elif counted > allowed:
+        faults.append(f"the engines took {counted:g} prompt tokens from their prefix caches, at most {allowed} may be")
+    message = some(faults, 3) or f"no prompt was answered from the prefix cache ({cached} cached tokens in all)"
+    if not faults and len(reported) < len(point.good):
         silent = len(point.good) - len(reported)
         message = f"cached tokens are not reported for {silent} of {len(point.good)} answers; the others hit no cache"
-    else:
-        message = f"no prompt was answered from the prefix cache ({cached} cached tokens in all)"
-    return Check("prefix-cache", not hits, point.index, message, evidence)
+    return Check("prefix-cache", not faults, point.index, message, evidence)
+
+
+def _counted_hits(run: RunData, point: Point) -> float:
+    """Cached tokens by the engines' own count; a decode worker repeats what its prefill worker told it."""
+    computing = [worker["name"] for worker in run.workers if worker["role"] != "decode"]
+    return sum(moved(point.evidence, name, (run.engine.cached_tokens,)).amount or 0.0 for name in computing)
 
 
 def _allowed_prefix(record: Record) -> int:

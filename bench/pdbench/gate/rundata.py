@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdbench.engines import Engine, engine
 from pdbench.records import MEASURE, Record, read_parquet
 from pdbench.run.summary import Bounds
 
@@ -41,6 +43,11 @@ class Point:
     evidence: Json
     records: list[Record]
     warmup: list[Record] = field(default_factory=list)
+
+    def reset_of(self, worker: str) -> Json:
+        """Return what came of bringing a worker to its starting state before the point (`Evidence.reset`)."""
+        steps: Json = self.evidence.get("reset", {}).get(worker, {})
+        return steps
 
     @property
     def answers(self) -> list[Record]:
@@ -82,7 +89,7 @@ class RunData:
 
     ``problems``: file name -> why it could not be used ("missing", or what is wrong with it); the attribute of such a file
     is empty. ``max_error_rate``: the share of failed requests that is allowed, 0 to 1. ``bounds``: how late the client was
-    allowed to be when the run was started.
+    allowed to be when the run was started. ``logs``: the ends of the units' logs, by file name.
     """
 
     folder: Path
@@ -94,6 +101,7 @@ class RunData:
     problems: Mapping[str, str] = field(default_factory=dict)
     max_error_rate: float = 0.0
     bounds: Bounds = field(default_factory=Bounds)
+    logs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
@@ -106,6 +114,16 @@ class RunData:
         if self.emulated:
             return "the engine was emulated"
         return "the engine ran on a CPU" if self.plan.get("on_cpu") is True else ""
+
+    @property
+    def engine(self) -> Engine:
+        """Return what is known of the engine that the plan names."""
+        return engine(self.plan.get("engine"))
+
+    def log_of(self, worker: Json) -> str:
+        """Return what was fetched of the logs of a worker's ranks, "" when there is none."""
+        names = {f"{rank.get('host')}-{str(rank.get('unit')).removesuffix('.service')}.log" for rank in worker["ranks"]}
+        return "\n".join(self.logs.get(name, "") for name in sorted(names))
 
     @property
     def workers(self) -> list[Json]:
@@ -151,7 +169,16 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
         problems=problems,
         max_error_rate=float(allowed) if isinstance(allowed, (int, float)) else 0.0,
         bounds=_bounds(_json(folder, "run.json", {})),
+        logs=_logs(folder / "logs"),
     )
+
+
+def _logs(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.glob("*.log")):
+        with contextlib.suppress(OSError):
+            found[path.name] = path.read_text(encoding="utf-8", errors="replace")
+    return found
 
 
 def _json(folder: Path, name: str, problems: dict[str, str]) -> Json:
@@ -174,6 +201,9 @@ def _check_plan(plan: Json, problems: dict[str, str]) -> None:
     try:
         bad = [w["name"] for w in plan["workers"] if w["role"] not in ROLES or not w["url"] or not w["ranks"]]
         problem = f"worker {bad[0]} lacks a known role, a url or ranks" if bad else ""
+        names = {w["name"] for w in plan["workers"]}
+        if not all(pair[end] in names for pair in plan.get("pairs") or [] for end in ("prefill", "decode")):
+            problem = "pairs names a worker that is not there"
     except (KeyError, TypeError) as why:
         problem = f"no plan as plan.yml writes it: {type(why).__name__} {why}"
     if problem:
@@ -189,8 +219,8 @@ def _check_evidence(evidence: Json, problems: dict[str, str]) -> None:
         good = all(
             isinstance(side["router"], dict) and all(isinstance(w.get("metrics"), dict) for w in side["workers"].values())
             for side in sides
-        )
-        problem = "" if good else "the router or a worker is no JSON object with metrics"
+        ) and all(isinstance(steps, dict) for point in evidence["points"] for steps in point.get("reset", {}).values())
+        problem = "" if good else "the router or a worker is no JSON object with what belongs there"
     except (KeyError, TypeError, AttributeError) as why:
         problem = f"not as `pdbench run` writes it: {type(why).__name__} {why}"
     if problem:

@@ -80,8 +80,8 @@ class Request:
 class Event(NamedTuple):
     """Something that leaves the worker at time `at`.
 
-    `token`: output token `number` (from 0) reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last KV left
-    the prefill; `value` is then how long the transfer took, in seconds, from the end of the last chunk's computation.
+    `token`: output token `number` (from 0) reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last
+    KV left the prefill; `value` is then how long the transfer took, in seconds, from the end of the last chunk's computation.
     """
 
     at: float

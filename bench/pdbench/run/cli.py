@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--model", help="name that the server serves (not needed by --api generate)")
     where.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the key alone")
     where.add_argument(
-        "--plan", type=Path, metavar="FILE", help="plan.json: count its GPUs, and ask its servers before and after"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="plan.json: count its GPUs; before every point release slow_down and empty caches on its workers, ask them "
+        "before and after",
     )
     where.add_argument("--scrape-interval", type=float, default=5.0, metavar="S", help="servers' /metrics; 0 is off (default: 5)")
     load = p.add_argument_group("load")

@@ -146,12 +146,13 @@ class Session:
                 lists = {WARMUP: warmups, MEASURE: load.measured()}
                 bodies = await asyncio.to_thread(Bodies.make, self._plan.target, self._plan.prompts, number, serial, lists)
                 serial += count + load.count
-                if self._stop.is_set():
+                reset: Json = {}
+                if self._stop.is_set() or (evidence is not None and not await until(self._stop, evidence.reset(reset))):
                     return
                 start = perf_counter()
                 self._watches[number] = watch = Watch()
                 work = run_point(sender, client, self._progress, number, load, warmups, bodies, start, watch)
-                if not await self._watched(evidence, number, start, work):
+                if not await self._watched(evidence, number, reset, start, work):
                     return
             self._complete = True
         finally:
@@ -159,11 +160,13 @@ class Session:
             if evidence is not None:
                 await evidence.close()
 
-    async def _watched(self, evidence: Evidence | None, number: int, start: float, work: Coroutine[None, None, None]) -> bool:
+    async def _watched(
+        self, evidence: Evidence | None, number: int, reset: Json, start: float, work: Coroutine[None, None, None]
+    ) -> bool:
         """Run a point between two snapshots of the servers, with a scrape at intervals; tell whether it ended."""
         if evidence is None:
             return await until(self._stop, work)
-        entry: Json = {"point": number, "before": await evidence.snapshot(perf_counter() - start)}
+        entry: Json = {"point": number, "reset": reset, "before": await evidence.snapshot(perf_counter() - start)}
         self._evidence.append(entry)
         scraper = None
         if self._plan.scrape_every_s > 0:
