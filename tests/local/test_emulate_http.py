@@ -20,7 +20,8 @@ PROMPT = "to be or not to be"
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    options = ("--model-path", "org/model", "--served-model-name", "short", "--tp-size", "2", "--max-running-requests", "32")
+    names = ("--model-path", "org/model", "--served-model-name", "short")
+    options = (*names, "--tp-size", "2", "--max-running-requests", "32", "--disable-radix-cache")
     with worker("aggregated", profile_file(tmp_path_factory.mktemp("one")), *options) as made:
         yield made
 
@@ -159,7 +160,8 @@ def open_stream(one: Service, body: dict[str, Any]) -> tuple[http.client.HTTPCon
 
 def test_tokens_keep_an_absolute_schedule(tmp_path: Path) -> None:
     """A drift would add up over the tokens: the median lateness at the end is compared with that at the beginning."""
-    with worker("aggregated", profile_file(tmp_path, decode_step_ms=10)) as made:
+    constant = {"decode_overhead_ms": 10, "decode_us_per_request": 0, "bandwidth_gb_per_s": 1e12, "tflops": 1e9}
+    with worker("aggregated", profile_file(tmp_path, **constant)) as made:
         connection, response = open_stream(made, ask("/v1/completions", 200, stream=True))
         with contextlib.closing(connection):
             stamps = []
@@ -207,6 +209,19 @@ def test_a_client_that_leaves_a_whole_answer_stops_it_too(one: Service) -> None:
     assert one.metrics()["num_aborted_requests_total"] == before + 1
 
 
+def test_one_connection_takes_streams_and_whole_answers_in_turn(one: Service) -> None:
+    """The real server runs on uvloop: streams and whole answers in turn on one connection keep their order and end."""
+    connection = http.client.HTTPConnection(one.url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        for turn in range(4):
+            for path in ROUTES:
+                body = ask(path, 3 + turn, stream=turn % 2 == 0)
+                connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+                data = connection.getresponse().read()
+                assert data.endswith(b"data: [DONE]\n\n" if turn % 2 == 0 else b"}")
+                assert not turn % 2 or len(text_of(path, json.loads(data)).split()) == 3 + turn
+
+
 def test_flush_cache(one: Service) -> None:
     one.wait_until_idle()
     assert one.get("/flush_cache")[0] == 200
@@ -215,7 +230,7 @@ def test_flush_cache(one: Service) -> None:
 
 
 def test_full_slots_make_a_queue(tmp_path: Path) -> None:
-    with worker("aggregated", profile_file(tmp_path, decode_step_ms=20), "--max-running-requests", "1") as made:
+    with worker("aggregated", profile_file(tmp_path, decode_overhead_ms=20), "--max-running-requests", "1") as made:
         with ThreadPoolExecutor(3) as pool:
             answers = [pool.submit(made.json, "/generate", ask("/generate", 25)) for _ in range(3)]
             wait_for(lambda: made.metrics()["num_queue_reqs"] == 2, "two in the queue")
@@ -225,11 +240,12 @@ def test_full_slots_make_a_queue(tmp_path: Path) -> None:
 
 
 def test_prefill_is_first_come_first_served(tmp_path: Path) -> None:
-    """Five prompts of 100 ms each, sent together: the last waits for all, whatever the machine does to the rest."""
-    with worker("aggregated", profile_file(tmp_path, prefill_tokens_per_s=1000, prefill_overhead_ms=0)) as made:
+    """Five prompts of one pass of 100 ms each, sent together: the last waits for all, whatever the machine does to the rest."""
+    with worker("aggregated", profile_file(tmp_path, chunked_prefill_tokens=100, prefill_overhead_ms=100)) as made:
         with ThreadPoolExecutor(5) as pool:
-            body = {"input_ids": list(range(100)), "sampling_params": {"max_new_tokens": 1}}
-            answers = [pool.submit(made.json, "/generate", body) for _ in range(5)]
+            prompts = [list(range(100 * n, 100 * n + 100)) for n in range(5)]  # different: nothing is cached
+            bodies = [{"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}} for prompt in prompts]
+            answers = [pool.submit(made.json, "/generate", body) for body in bodies]
             latencies = sorted(answer.result()["meta_info"]["e2e_latency"] for answer in answers)
         assert latencies[-1] > 0.4
         assert latencies[-1] > 2 * latencies[0]

@@ -22,6 +22,8 @@ Role = Literal["prefill", "decode", "aggregated"]
 #: What SGLang calls the roles: in `disaggregation_mode`, and in the label `engine_type`.
 MODES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated": "null"}
 ENGINE_TYPES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated": "unified"}
+#: Tokens that leave before the loop looks at its sockets again, so that a worker that is behind still answers.
+MOST_AT_ONCE = 256
 #: The output of a worker whose transfer is a fake (warm-up): made of no prompt at all, as it is there.
 NO_KV = bytes(32)
 log = logging.getLogger("pdbench.emulate")
@@ -400,7 +402,7 @@ class Engine:
 
     def _tick(self) -> None:
         self._timer, self._timer_at = None, FOREVER
-        for event in self.worker.advance(now()):
+        for event in self.worker.advance(now(), MOST_AT_ONCE):
             job = event.request.tag
             assert isinstance(job, Job)
             if job.done.done():

@@ -49,6 +49,7 @@ class Server:
         self.ready = True
 
     async def _listen(self, app: web.Application, port: int, option: str) -> None:
+        app.middlewares.append(self._hang)
         # handler_cancellation: a client that leaves must stop its request, as it does in SGLang
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.3)
         await runner.setup()
@@ -91,10 +92,14 @@ class Server:
         return [stage for stage, other in (("prefill", "decode"), ("decode", "prefill")) if self.engine.role != other]
 
     @web.middleware
+    async def _hang(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        while self.engine.faults.hanging and request.path != FAULT_PATH:
+            await asyncio.sleep(0.05)
+        return await handler(request)
+
+    @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         config, path = self.config, request.path
-        while self.engine.faults.hanging and path != FAULT_PATH:
-            await asyncio.sleep(0.05)
         level: Level = "admin_optional" if path in ADMIN_PATHS else "normal"
         key = request.headers.get("Authorization")
         if not allowed(request.method, path, key, config.api_key, config.admin_api_key, level):

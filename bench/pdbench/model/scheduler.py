@@ -210,10 +210,13 @@ class Worker:
         self._tokens = deque(event for event in self._tokens if event.request is not request)
         self._kick(now)
 
-    def advance(self, now: float) -> list[Event]:
-        """Let everything happen that is due until `now`; return what leaves the worker, roughly in order of time."""
+    def advance(self, now: float, most: float = FOREVER) -> list[Event]:
+        """Let everything happen that is due until `now`; return what leaves the worker, roughly in order of time.
+
+        At most `most` tokens leave at once; the others stay due, and `next_at` says so.
+        """
         self._catch_up(now)
-        while self._tokens and self._tokens[0].at <= now:
+        while self._tokens and self._tokens[0].at <= now and len(self._out) < most:
             self._out.append(self._tokens.popleft())
         out, self._out = self._out, []
         return out
