@@ -44,12 +44,13 @@ class Server:
         await self._listen(self.app(), self.config.port, "--port")
         # as in SGLang, a worker that may become a prefill has its bootstrap server from the beginning
         if self.config.role == "prefill" or (self.config.enable_pd_role_switch and self.config.role == "decode"):
-            await self._listen(bootstrap_app(self.engine.rooms), self.config.bootstrap_port, "--bootstrap-port")
+            meeting = bootstrap_app(self.engine.rooms)
+            meeting.middlewares.append(self._hang)
+            await self._listen(meeting, self.config.bootstrap_port, "--bootstrap-port")
         await asyncio.sleep(self.config.profile.engine.startup_s)
         self.ready = True
 
     async def _listen(self, app: web.Application, port: int, option: str) -> None:
-        app.middlewares.append(self._hang)
         # handler_cancellation: a client that leaves must stop its request, as it does in SGLang
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.3)
         await runner.setup()
@@ -79,7 +80,7 @@ class Server:
 
     def app(self) -> web.Application:
         """Return the worker's application."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._hang, self._guard])
         app.add_routes(Info(self.engine, self._profiler, self._is_ready).routes())
         app.add_routes(Control(self.engine, self._profiler).routes())
         app.add_routes(Generation(self.engine, self._is_ready).routes())
