@@ -30,7 +30,7 @@ _INFO = (
     *("version", "startup_time", "model_path", "served_model_name", "device", "dtype", "tp_size", "dp_size", "page_size"),
     *("kv_cache_dtype", "context_length", "max_running_requests", "max_total_num_tokens", "disable_radix_cache"),
     *("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_bootstrap_port", "emulated"),
-    *("kv_bytes_per_token", "slow_down_s", "profiling", "faults", "emulated_transport"),
+    *("kv_bytes_per_token", "slow_down_s", "profiling", "faults", "emulated_transport", "emulated_profile"),
 )
 #: seconds in which a worker must have become idle, so that its cache can be emptied, and between two tries
 _IDLE_WITHIN_S, _IDLE_POLL_S = 20.0, 0.2

@@ -139,6 +139,20 @@ def test_an_emulated_run_says_so_at_the_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_emulated_run_tells_its_profile_its_lateness_and_the_way_of_the_kv(tmp_path: Path) -> None:
+    run = good()
+    run.plan["emulated"] = True
+    for name in ("prefill-0", "decode-0"):
+        run.side("after")["workers"][name]["server_info"]["emulated_profile"] = "a made-up card"
+    run.metrics("decode-0")["pdbench_emulator_token_lateness_seconds_sum"] = 0.5
+    run.metrics("decode-0")["pdbench_emulator_token_lateness_seconds_count"] = 1000.0
+    run.metrics("decode-0")['pdbench_emulator_kv_transfers_total{peer="127.0.0.1:31001",transport="tcp"}'] = 3.0
+    said = report(run, tmp_path / "run").said
+    assert "Times came from the performance model of a made-up card." in said
+    assert "The emulator was 0.5 ms late with a token on average" in said
+    assert "It was seen to move over TCP for 1 of 3 pairs." in said
+
+
 def test_what_a_reader_must_know_of_valid_figures_is_noted(tmp_path: Path) -> None:
     run = good(concurrency=(4,))
     run.clients[0] |= {"tokens_per_event": 4.0}

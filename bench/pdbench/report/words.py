@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from pdbench import metrics
 from pdbench.gate.cli import VALIDITY
+from pdbench.gate.counters import info, moved
 from pdbench.gate.rundata import Point, RunData
 
 Json = dict[str, Any]
@@ -87,6 +88,37 @@ def deployment(run: RunData) -> list[str]:
         sentences.append(
             f"The KV cache moves with {plan.get('transfer_backend')}, expected over {over or 'an unknown transport'}: "
             f"{plan.get('transfer_backend_reason')}."
+        )
+    return sentences + emulation(run)
+
+
+def seen(found: Verdict) -> list[str]:
+    """Say over what the KV cache was seen to move, as far as it was seen."""
+    checks = [check for check in found.checks if check.get("id") == "transport" and isinstance(check.get("evidence"), dict)]
+    pairs = [pair for check in checks for pair in (check["evidence"].get("pairs") or {}).values()]
+    ways = Counter(way for pair in pairs for way in {way for ways in pair["seen"].values() for way in ways})
+    if not ways:
+        return []
+    named = " and ".join(f"{_TRANSPORTS.get(way, way)} for {count} of {_many(len(pairs), 'pair')}" for way, count in ways.items())
+    return [f"It was seen to move over {named}."]
+
+
+_LATE = "pdbench_emulator_token_lateness_seconds"
+
+
+def emulation(run: RunData) -> list[str]:
+    """Say which performance model stood for the GPUs, and how late its tokens were."""
+    if not run.emulated:
+        return []
+    points = [(point.evidence, str(worker["name"])) for point in run.points for worker in run.workers]
+    profiles = sorted({str(text) for evidence, name in points if (text := info(evidence, "after", name).get("emulated_profile"))})
+    sentences = [f"Times came from the performance model of {' and '.join(profiles)}."] if profiles else []
+    late, tokens = (
+        sum(moved(evidence, name, [_LATE + end]).amount or 0.0 for evidence, name in points) for end in ("_sum", "_count")
+    )
+    if tokens:
+        sentences.append(
+            f"The emulator was {1000 * late / tokens:.1f} ms late with a token on average: it is in every latency below."
         )
     return sentences
 
