@@ -18,7 +18,9 @@ options:
   files: {description: Base64 contents of the trace file., type: dict, default: {}}
   api_key: {description: The key of the deployment., type: str}
   needed_mb: {description: Free disk that must be there., type: int, default: 0}
+  archive: {description: Where C(pack) writes., type: str, default: ""}
   python: {description: The Python that has pdbench., type: str, default: ""}
+  service_user: {description: "Who the load generator runs as, as a service of systemd's; empty: who we are.", type: str, default: ""}
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
 attributes:
   check_mode: {support: full, description: Starts and removes nothing.}
@@ -37,7 +39,6 @@ RETURN = r"""
 done: {description: Whether the run has ended., returned: "C(action) run", type: bool, sample: true}
 message: {description: How far it is., returned: "C(action) run", type: str, sample: "point 1 of 3: 120 of 200 requests"}
 runs: {description: Runs that were never fetched., returned: "C(action) left_over", type: list, sample: []}
-archive: {description: Path of the packed run., returned: "C(action) pack", type: str, sample: /var/lib/pd/runs/x.tar.gz}
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -57,28 +58,33 @@ def main() -> None:
             "files": {"type": "dict", "default": {}},
             "api_key": {"type": "str", "no_log": True},
             "needed_mb": {"type": "int", "default": 0},
+            "archive": {"type": "str", "default": ""},
             "python": {"type": "str", "default": ""},
+            "service_user": {"type": "str", "default": ""},
             "resumed": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     p = module.params
-    job = bench_job.Job(p["state_dir"], p["run_id"])
+    user = p["service_user"]
+    job = bench_job.Job(p["state_dir"], p["run_id"], user)
     result = {"changed": False, "changes": []}
     try:
         if p["action"] == "left_over":
             runs = bench_job.left_over(p["state_dir"])
             stop = not module.check_mode
-            result["runs"] = [bench_job.Job(p["state_dir"], run).stop(p["python"]) if stop else {"run_id": run} for run in runs]
+            result["runs"] = [
+                bench_job.Job(p["state_dir"], run, user).stop(p["python"]) if stop else {"run_id": run} for run in runs
+            ]
         elif module.check_mode:
-            result.update(done=True, archive="")
+            result.update(done=True)
         elif p["action"] == "run":
             if not p["resumed"]:
                 job.start(p["argv"], p["plan"], next(iter(p["files"].values()), ""), p["api_key"], p["needed_mb"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
         elif p["action"] == "pack":
-            result["archive"] = job.pack()
+            job.pack(p["archive"])
         else:
             job.drop()
     except UserError as error:

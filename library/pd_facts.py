@@ -9,6 +9,8 @@ short_description: Find a host's GPUs, RDMA devices, addresses and service manag
 description: [Reads what the plan compares with what the inventory declares; changes nothing.]
 options:
   accelerators: {description: Look for GPUs and RDMA devices., type: bool, default: true}
+  python: {description: "Python that makes the virtualenvs; empty: the one that runs this module.", type: str, default: ""}
+  install_dir: {description: Where virtualenvs would be., type: str, default: ""}
 attributes:
   check_mode: {support: full, description: Reads only.}
   diff_mode: {support: none, description: Reads only.}
@@ -26,17 +28,32 @@ found:
   description: The facts.
   returned: always
   type: dict
-  sample: {service_manager: systemd, addresses: [127.0.0.1], gpus: [0, 1], rdma: {mlx5_0: {state: ACTIVE, fabric: roce, port: 1}}}
+  sample: {python: {path: /usr/bin/python3, version: 3.11.2, machine: x86_64, glibc: "2.36"}, service_manager: systemd, addresses: [127.0.0.1], gpus: [0, 1], rdma: {mlx5_0: {state: ACTIVE, fabric: roce, port: 1}}}
+installed: {description: The stamps of the virtualenvs that are there., returned: always, type: dict, sample: {supervisor: 5f2a}}
 """
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import facts
+from ansible.module_utils.pdlib.errors import UserError
 
 
 def main() -> None:
     """Gather and return."""
-    module = AnsibleModule(argument_spec={"accelerators": {"type": "bool", "default": True}}, supports_check_mode=True)
-    module.exit_json(changed=False, found=facts.gather(module.params["accelerators"]))
+    module = AnsibleModule(
+        argument_spec={
+            "accelerators": {"type": "bool", "default": True},
+            "python": {"type": "str", "default": ""},
+            "install_dir": {"type": "str", "default": ""},
+        },
+        supports_check_mode=True,
+    )
+    p = module.params
+    try:
+        found = facts.gather(p["accelerators"], p["python"])
+        stamps = facts.installed(p["install_dir"]) if p["install_dir"] else {}
+    except UserError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=False, found=found, installed=stamps)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ options:
   ratio: {description: "The deployment's ratio, for the units' descriptions.", type: str, default: ""}
   units: {description: The host's units from the plan., type: list, elements: dict, default: []}
   api_key: {description: The key that the units share., type: str}
+  service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
   purge: {description: "With C(state=absent), remove install_dir, too.", type: bool, default: false}
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
@@ -62,6 +63,7 @@ def main() -> None:
             "ratio": {"type": "str", "default": ""},
             "units": {"type": "list", "elements": "dict", "default": []},
             "api_key": {"type": "str", "no_log": True},
+            "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "purge": {"type": "bool", "default": False},
             "resumed": {"type": "bool", "default": False},
@@ -85,6 +87,7 @@ def main() -> None:
                 module.check_mode,
                 p["api_key"],
                 launcher,
+                p["service_user"],
             )
             outcome = reconciler.step(p["resumed"])
     except UserError as error:

@@ -19,6 +19,9 @@ options:
     elements: dict
     required: true
   files: {description: Base64 contents of the requirement files and wheels by name., type: dict, default: {}}
+  wheelhouses: {description: Virtualenvs that are installed without a registry and the wheelhouse of each., type: dict, default: {}}
+  archives: {description: Wheelhouses that were sent and the tar file of each., type: dict, default: {}}
+  shared: {description: Whether other users run what is installed., type: bool, default: false}
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
 attributes:
   check_mode: {support: full, description: Says what would be installed.}
@@ -38,6 +41,7 @@ RETURN = r"""
 done: {description: Whether all virtualenvs are there., returned: always, type: bool, sample: true}
 message: {description: How far the installers are., returned: always, type: str, sample: "installing supervisor (3 s)"}
 changes: {description: What was done., returned: always, type: list, sample: [installed supervisor]}
+lacks: {description: Wheelhouses that are not there., returned: always, type: list, sample: [supervisor-0123456789ab]}
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -54,6 +58,9 @@ def main() -> None:
             "python": {"type": "str", "default": ""},
             "venvs": {"type": "list", "elements": "dict", "required": True},
             "files": {"type": "dict", "default": {}},
+            "wheelhouses": {"type": "dict", "default": {}},
+            "archives": {"type": "dict", "default": {}},
+            "shared": {"type": "bool", "default": False},
             "resumed": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -61,11 +68,26 @@ def main() -> None:
     p = module.params
     try:
         outcome = venvs.step(
-            p["install_dir"], p["state_dir"], p["python"], p["venvs"], p["files"], module.check_mode, p["resumed"]
+            p["install_dir"],
+            p["state_dir"],
+            p["python"],
+            p["venvs"],
+            p["files"],
+            module.check_mode,
+            p["resumed"],
+            p["wheelhouses"],
+            p["archives"],
+            p["shared"],
         )
     except UserError as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(outcome.changed), done=outcome.done, message=outcome.message, changes=outcome.changed)
+    module.exit_json(
+        changed=bool(outcome.changed),
+        done=outcome.done,
+        message=outcome.message,
+        changes=outcome.changed,
+        lacks=outcome.lacks,
+    )
 
 
 if __name__ == "__main__":

@@ -70,9 +70,11 @@ class ActionModule(ActionBase):
         found = {
             h: hostvars[h]["__pd_found"]["found"] for h in ours if discovered and "found" in hostvars[h].get("__pd_found", {})
         }
-        for host, seen in found.items():
-            if by_host[host]["service_manager"] == "auto":
-                by_host[host]["service_manager"] = seen["service_manager"]
+        # Hosts that --limit leaves out are as they were deployed.
+        known = {**(current or {}).get("hosts", {}), **found}
+        for host in by_host:
+            if by_host[host]["service_manager"] == "auto" and host in known:
+                by_host[host]["service_manager"] = known[host]["service_manager"]
         limit = context.CLIARGS.get("subset")
         inputs = plan.Inputs(
             groups=groups,
@@ -169,7 +171,7 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _host_facts(by_host: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        names = ("state_dir", "install_dir", "service_manager", "venv_python")
+        names = ("state_dir", "install_dir", "service_manager", "service_user", "venv_python", "wheelhouse")
         return {host: {name: values[name] for name in names} for host, values in by_host.items()}
 
     def _owner(self, verb: str) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def wheel(root: Path) -> Path:
             for old in dist.glob("*/"):
                 shutil.rmtree(old)
             command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", str(folder)]
+            if importlib.util.find_spec("flit_core"):
+                # `make setup` installed what builds it, so that no registry is asked.
+                command.append("--no-build-isolation")
             # One source, one wheel: hosts that have it are left alone whichever checkout deploys to them.
             env = {**os.environ, "SOURCE_DATE_EPOCH": "946684800"}
             done = subprocess.run(
@@ -48,6 +52,30 @@ def wheel(root: Path) -> Path:
             if done.returncode:
                 raise AnsibleActionFail(f"pdbench's wheel could not be built:\n{done.stderr.strip()[-2000:]}")
     return next(folder.glob("*.whl"))
+
+
+def contents(names: Sequence[str]) -> dict[str, bytes]:
+    """Return files of the checkout by name; `pdbench` is the wheel made from it, `no-deps:` is not part of the path."""
+    plain = [name.removeprefix("no-deps:") for name in names]
+    return {name: (wheel(ROOT) if name == "pdbench" else ROOT / name).read_bytes() for name in plain}
+
+
+def encoded(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return files as modules take them."""
+    return {name: base64.b64encode(data).decode() for name, data in files.items()}
+
+
+class Paced:
+    """Lines of progress of one host, every few seconds at most."""
+
+    def __init__(self, host: str):
+        self.host, self.started, self.shown = host, time.monotonic(), time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show a line, unless one was shown just now."""
+        if time.monotonic() - self.shown > 4:
+            display.display(f"  [{self.host}] {time.monotonic() - self.started:4.0f} s  {text}")
+            self.shown = time.monotonic()
 
 
 class ActionModule(ActionBase):
@@ -61,41 +89,59 @@ class ActionModule(ActionBase):
         variables = task_vars or {}
         module, timeout = self._task.args["module"], float(self._task.args.get("timeout", 1800))
         arguments = dict(self._task.args.get("args") or {})
-        names = [name.removeprefix("no-deps:") for name in self._task.args.get("files") or []]
-        if names:
-            paths = {name: wheel(ROOT) if name == "pdbench" else ROOT / name for name in names}
-            arguments["files"] = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
+        if self._task.args.get("files"):
+            arguments["files"] = encoded(contents(self._task.args["files"]))
+        return self.poll(module, arguments, variables, timeout, float(self._task.args.get("quiet_s", 4)))
+
+    def poll(
+        self, module: str, arguments: dict[str, Any], variables: dict[str, Any], timeout: float, quiet_s: float = 4
+    ) -> dict[str, Any]:
+        """Call ``module`` until it is done; return the last result, with the changes of all steps and ``seconds``."""
         host, started, shown = self._task.delegate_to or variables["inventory_hostname"], time.monotonic(), time.monotonic()
         changes: list[str] = []
         diff: list[Any] = []
         resumed = False
         while True:
-            with self._heartbeat(host, module, started):
+            with self.heartbeat(host, f"{module} is still at it"):
                 result = self._execute_module(
                     module_name=module, module_args={**arguments, "resumed": resumed}, task_vars=variables
                 )
             changes += [change for change in result.get("changes", []) if change not in changes]
             diff += result.get("diff") or []
-            result.update(changes=changes, diff=diff, changed=bool(changes))
+            result.update(changes=changes, diff=diff, changed=bool(changes), seconds=round(time.monotonic() - started, 1))
             result.pop("invocation", None)
-            if result.get("failed") or result.get("done"):
+            if result.get("failed") or result.get("unreachable") or result.get("done"):
                 return dict(result)
+            if result.get("lacks"):
+                arguments = {**arguments, **self.supply(result["lacks"], host)}
+                continue
             if time.monotonic() - started > timeout:
                 raise AnsibleActionFail(f"not done after {timeout:.0f} s: {result.get('message', '')}")
-            if result.get("message") and time.monotonic() - shown > float(self._task.args.get("quiet_s", 4)):
+            if result.get("message") and time.monotonic() - shown > quiet_s:
                 display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {result['message']}")
                 shown = time.monotonic()
             resumed = True
 
+    def own_folder(self) -> str:
+        """Return a fresh folder on the host, of the user who connects; modules do not use it as theirs and remove it."""
+        before = self._connection._shell.tmpdir
+        folder = str(self._make_tmp_path())
+        self._connection._shell.tmpdir = before
+        return folder
+
+    def supply(self, lacks: list[str], host: str) -> dict[str, Any]:
+        """Return arguments that give the module what it lacks; no module but pd_venv lacks anything."""
+        raise AnsibleActionFail(f"{host} lacks {', '.join(lacks)}")
+
     @staticmethod
     @contextmanager
-    def _heartbeat(host: str, module: str, started: float) -> Iterator[None]:
+    def heartbeat(host: str, what: str) -> Iterator[None]:
         """Say every few seconds that a step still goes on, for the rare step that takes long."""
-        done = threading.Event()
+        done, started = threading.Event(), time.monotonic()
 
         def beat() -> None:
             while not done.wait(9):
-                display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {module} is still at it")
+                display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {what}")
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -36,17 +36,19 @@ class ActionModule(ActionBase):
         planned = variables["__pd_planned"]
         rows = []
         for host in variables["ansible_play_hosts_all"]:
-            done = variables["hostvars"][host].get("__pd_units", {}).get("changes")
-            rows.append([host, "; ".join(done or []) or "nothing to do"])
+            steps = [variables["hostvars"][host].get(name, {}) for name in ("__pd_installed", "__pd_units")]
+            changes = [change for step in steps for change in step.get("changes") or []]
+            took = sum(step.get("seconds") or 0.0 for step in steps)
+            rows.append([host, tables.grouped(changes) or "nothing to do", tables.duration(took) if took >= 0.05 else ""])
         verb = self._task.args["verb"]
-        if verb != "teardown" and not self._task.check_mode:
-            self._keep_copy(planned)
+        if not self._task.check_mode:
+            self._keep_copy(planned, verb)
         plan = planned["pd_plan"]
-        text = tables.table(["host", "what happened"], rows)
+        text = tables.table(["host", "what happened", "took"], rows)
         if plan:
             members = variables.get("__pd_router", {})
             changes = [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
-            text += "".join(f"\nrouter: {change}" for change in changes)
+            text += f"\nrouter: {tables.grouped(changes)}" if changes else ""
             pairs = members.get("pairs") or []
             if pairs:
                 slowest = max(pair["seconds"] for pair in pairs)
@@ -58,8 +60,11 @@ class ActionModule(ActionBase):
         return {"changed": False}
 
     @staticmethod
-    def _keep_copy(planned: dict[str, Any]) -> None:
-        """Keep a copy of the deployed plan on the controller, for planning without contact."""
+    def _keep_copy(planned: dict[str, Any], verb: str) -> None:
+        """Keep a copy of the deployed plan on the controller, for planning without contact; after a teardown there is none."""
         path = Path(planned["pd_owner"]["plan_copy"])
+        if verb == "teardown":
+            path.unlink(missing_ok=True)
+            return
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.write_text(json.dumps(planned["pd_plan"], indent=1, sort_keys=True) + "\n")

@@ -156,7 +156,7 @@ def test_check_mode_changes_nothing(box: Box) -> None:
     before, pid = box.files(), box.pid(one)
     outcome = box.step(server("pd-prefill-0", one["ports"][0], "--other"), check=True)
     assert outcome.done
-    assert {"would restart pd-prefill-0", "would stop pd-decode-0", "wrote pd-prefill-0.sh"} == set(outcome.changed)
+    assert {"would restart pd-prefill-0", "would stop pd-decode-0", "would write pd-prefill-0.sh"} == set(outcome.changed)
     assert any("stopped" in line for line in box.teardown(check=True))
     assert box.files() == before
     assert box.pid(one) == pid

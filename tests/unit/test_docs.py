@@ -24,7 +24,7 @@ MODULES = sorted(path.stem for path in (REPO / "library").glob("*.py"))
 ACTIONS = sorted(path.stem for path in (REPO / "plugins" / "action").glob("*.py"))
 ROLES = sorted(path.name for path in (REPO / "roles").iterdir() if path.is_dir())
 #: what Ansible itself sets, as far as roles use it
-MAGIC = {"inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts"}
+MAGIC = {"hostvars", "inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts"}
 
 
 def run(*command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 
 from pdlib import facts
+from pdlib.errors import UserError
 
 
 def test_gpus_are_parsed() -> None:
@@ -63,7 +66,7 @@ def test_gather_asks_the_hosts_tools(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["addresses"] == ["127.0.0.1", "::1"]
     assert found["service_manager"] in ("systemd", "supervisord")
     assert isinstance(found["rdma"], dict)
-    assert set(facts.gather(False)) <= {"service_manager", "addresses", "default_address"}
+    assert set(facts.gather(False)) <= {"service_manager", "python", "addresses", "default_address"}
     assert set(facts.gather(False)).isdisjoint({"gpus", "gpu_cards", "rdma"})
 
 
@@ -73,3 +76,24 @@ def test_a_host_without_tools_or_with_a_broken_driver_has_none(tmp_path: Path, m
     assert "addresses" not in facts.gather(True)
     tool(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9\n")
     assert facts.gpus() == []
+
+
+def test_another_python_says_the_same_of_itself_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
+    own = facts.python("")
+    assert own["path"] == sys.executable
+    assert own["version"] == platform.python_version()
+    assert facts.python(sys.executable) == own
+    with pytest.raises(UserError, match="venv_python=/no/such/python: there is no such Python on the host"):
+        facts.python("/no/such/python")
+    (tmp_path / "python").write_text("#!/bin/sh\necho hello\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(UserError, match="there is no such Python"):
+        facts.python(str(tmp_path / "python"))
+
+
+def test_stamps_of_virtualenvs_are_found(tmp_path: Path) -> None:
+    assert facts.installed(str(tmp_path / "nothing")) == {}
+    for name in ("engine", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "engine" / ".pd-stamp").write_text("abc")
+    assert facts.installed(str(tmp_path)) == {"engine": "abc"}

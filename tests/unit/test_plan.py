@@ -515,3 +515,17 @@ def test_a_fabric_declared_none_leaves_the_hosts_cards_unused() -> None:
     seen = {"n1": {"gpus": [0, 1, 2, 3], "rdma": found, "addresses": [asked.hosts["n1"]["address"]]}}
     made = make_plan(replace(asked, discovered=seen))
     assert made["hosts"]["n1"]["rdma_devices"] == []
+
+
+def test_a_host_outside_the_limit_is_as_it_was_deployed_where_nothing_is_declared() -> None:
+    """No fact of it was gathered: its address, GPUs and fabric come from the deployed plan."""
+    open_host = {"address": None, "gpus": "auto", "rdma_fabric": "auto"}
+    hosts: dict[str, Json] = {"n1": host(1), "n2": open_host}
+    seen = {"default_address": "10.0.0.2", "gpus": [0, 1], "rdma": {"mlx5_0": {"state": "ACTIVE", "fabric": "roce", "port": 1}}}
+    roles: dict[str, Any] = {"prefill": ["n1"], "decode": ["n2"], "engine": "emulated"}
+    before = plan(hosts, "1p1d", discovered={"n2": seen}, **roles)
+    again = plan(hosts, "1p1d", limit=["n1"], current=before, **roles)
+    assert again["workers"] == before["workers"]
+    assert again["hosts"] == before["hosts"]
+    with pytest.raises(UserError, match="n2"):
+        plan(hosts, "1p1d", limit=["n1"], **roles)

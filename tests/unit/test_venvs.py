@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import sys
 import threading
 import time
@@ -233,3 +234,19 @@ def test_pip_itself_says_why_it_cannot_install(machine: Host, monkeypatch: pytes
     assert not machine.step(files).done
     with pytest.raises(UserError, match=r"did not install(.|\n)*no-such-package-of-ours==1"):
         machine.step(files, resumed=True)
+
+
+def test_services_of_another_user_reach_what_sudo_with_a_strict_umask_makes(machine: Host) -> None:
+    before = os.umask(0o077)
+    try:
+        rows, files = [{"name": "engine", "requirements": ["a.txt"]}], {"a.txt": base64.b64encode(b"one").decode()}
+        outcome = venvs.step(
+            str(machine.install), str(machine.state), str(machine.python), rows, files, False, False, shared=True
+        )
+        assert outcome.done
+        modes = {path.stat().st_mode & 0o777 for path in (machine.install, machine.state)}
+        assert modes == {0o711}, "known paths may be reached, folders not listed"
+        for path in (machine.state / "run", machine.install / "engine" / "bin", machine.install / "engine" / "bin" / "python"):
+            assert path.stat().st_mode & 0o005 == 0o005, path
+    finally:
+        os.umask(before)

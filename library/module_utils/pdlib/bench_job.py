@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from . import processes
+from . import accounts, processes
 from .errors import UserError
 from .managers import tail, write
 from .reconcile import STEP_S, Outcome, claim
@@ -23,8 +24,11 @@ Json = Dict[str, Any]
 class Job:
     """One run's folder ``<runs_dir>/<run id>`` and the process that fills it."""
 
-    def __init__(self, state_dir: str, run_id: str):
-        self.state_dir, self.run_id = state_dir, run_id
+    def __init__(self, state_dir: str, run_id: str, user: str = ""):
+        """``user``: who the load generator runs as, a service of systemd's; "": who we are, a process of its own session."""
+        self.state_dir, self.run_id, self.user = state_dir, run_id, user
+        if user:
+            os.umask(0o022)
         self.folder = Path(state_dir) / "runs" / run_id
 
     def running(self) -> List[int]:
@@ -47,7 +51,9 @@ class Job:
 
     def start(self, argv: Sequence[str], plan: Mapping[str, Any], trace: str, api_key: Optional[str], needed_mb: int) -> None:
         """Write the run's inputs and start it; ``trace``: base64 of the trace file, "" without one."""
-        claim(self.state_dir)
+        claim(self.state_dir, shared=bool(self.user))
+        if self.user:
+            accounts.ensure(self.user)
         free = shutil.disk_usage(self.state_dir).free // 1_000_000
         if free < needed_mb:
             raise UserError(
@@ -60,19 +66,30 @@ class Job:
             (self.folder / "trace.jsonl").write_bytes(base64.b64decode(trace))
         if api_key:
             write(Path(self.state_dir) / KEY_FILE, api_key, 0o600)
+            if self.user:
+                accounts.own(Path(self.state_dir) / KEY_FILE, self.user)
         command = [item.replace("{dir}", str(self.folder)) for item in argv]
         marked = processes.work_dir(self.state_dir, f"bench-{self.run_id}")
         Path(marked).mkdir(parents=True, exist_ok=True)
         # The shell outlives the load generator to keep its exit code, whatever becomes of Ansible.
         script = ["/bin/sh", "-c", 'log=$1; code=$2; shift 2; "$@" >"$log" 2>&1; echo $? >"$code"', "run"]
-        subprocess.Popen(
-            [*script, str(self.folder / "run.log"), str(self.folder / "exit_code"), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd=marked,
-        )
+        words = [*script, str(self.folder / "run.log"), str(self.folder / "exit_code"), *command]
+        if not self.user:
+            quiet: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.Popen(words, start_new_session=True, cwd=marked, **quiet)
+            return
+        for path in (Path(marked), self.folder, *self.folder.iterdir()):
+            accounts.own(path, self.user)
+        # A process that we leave behind belongs to the SSH session, with which logind may end it.
+        service = ["systemd-run", "--quiet", "--collect", f"--unit=pd-bench-{self.run_id}", f"--uid={self.user}"]
+        service += [f"--description=PD load generator, run {self.run_id}"]
+        service += [f"--working-directory={marked}", "--property=NoNewPrivileges=yes", "--property=LimitNOFILE=1048576"]
+        done = subprocess.run([*service, "--", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise UserError(f"the load generator does not start: {done.stderr.strip() or done.stdout.strip()}")
+        end = time.monotonic() + 10
+        while not self.running() and self.exit_code() is None and time.monotonic() < end:
+            time.sleep(0.05)
 
     def watch(self) -> Outcome:
         """Wait a few seconds for the end; raise UserError when the run could not measure."""
@@ -97,21 +114,34 @@ class Job:
         if code is None or not (self.folder / "summary.json").exists():
             command = [python, "-m", "pdbench", "run", "--recover", str(self.folder)]
             if Path(python).exists():
-                subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                # What the user may write, root must not.
+                as_user: Json = {"user": self.user, "extra_groups": []} if self.user else {}
+                subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, **as_user)
         was = "running" if found else ("finished" if code is not None else "killed")
         return {"run_id": self.run_id, "found": was, "exit_code": code}
 
-    def pack(self) -> str:
-        """Return the path of an archive of the run."""
-        archive = self.folder.with_suffix(".tar.gz")
-        with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-            tar.add(self.folder, arcname=self.run_id)
-        return str(archive)
+    def pack(self, archive: str) -> None:
+        """Write an archive of the run, for the owner of the folder that it goes to."""
+        try:
+            with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+                tar.add(self.folder, arcname=self.run_id, filter=_nobodys)
+            owner = Path(archive).parent.stat()
+            if owner.st_uid != os.geteuid():
+                os.chown(archive, owner.st_uid, owner.st_gid)
+        except OSError as error:
+            raise UserError(f"the run cannot be packed: {error.strerror} ({error.filename or archive})") from None
 
     def drop(self) -> None:
         """Remove the run from the client: the controller has it."""
-        self.folder.with_suffix(".tar.gz").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(processes.work_dir(self.state_dir, f"bench-{self.run_id}"), ignore_errors=True)
+
+
+def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Forget who owns the file here: on the controller it belongs to whoever fetches it."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
 
 
 def left_over(state_dir: str) -> List[str]:

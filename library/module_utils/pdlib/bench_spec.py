@@ -58,7 +58,8 @@ def client(cluster: Mapping[str, Any], name: str, hosts: Mapping[str, Any], root
         "client": name,
         "state_dir": settings["state_dir"],
         "install_dir": settings["install_dir"],
-        "venv_python": settings["venv_python"],
+        "service_user": settings["service_user"] if settings["service_manager"] == "systemd" else "",
+        "wheelhouse": settings["wheelhouse"],
         "python": f"{settings['install_dir']}/{VENV}/bin/python",
         "results_dir": str(Path(root) / cluster["results_dir"]),
     }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, List
+
+from .errors import UserError
 
 Json = Dict[str, Any]
 
@@ -77,9 +82,36 @@ def service_manager() -> str:
     return "systemd" if first == "systemd" and os.geteuid() == 0 else "supervisord"
 
 
-def gather(accelerators: bool) -> Json:
+#: What a Python says of itself: run by this one, or by the one that makes the host's virtualenvs.
+_PYTHON = """
+import json, platform, sys
+libc, version = platform.libc_ver()
+print(json.dumps({"path": sys.executable, "version": platform.python_version(), "machine": platform.machine(),
+                  "glibc": version if libc == "glibc" else ""}))
+"""
+
+
+def python(path: str) -> Json:
+    """Return ``path``, ``version``, ``machine`` and ``glibc`` of the Python that makes virtualenvs ("": this one)."""
+    if not path:
+        libc, version = platform.libc_ver()
+        glibc = version if libc == "glibc" else ""
+        return {"path": sys.executable, "version": platform.python_version(), "machine": platform.machine(), "glibc": glibc}
+    try:
+        done = subprocess.run([path, "-c", _PYTHON], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+        return {**json.loads(done.stdout), "path": path}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        raise UserError(f"venv_python={path}: there is no such Python on the host") from None
+
+
+def installed(install_dir: str) -> Dict[str, str]:
+    """Return the stamps of the virtualenvs that are there, by name."""
+    return {path.parent.name: path.read_text() for path in sorted(Path(install_dir).glob("*/.pd-stamp"))}
+
+
+def gather(accelerators: bool, python_path: str = "") -> Json:
     """Return the facts that the plan reads; GPUs and RDMA devices only where the engine uses real ones."""
-    found: Json = {"service_manager": service_manager()}
+    found: Json = {"service_manager": service_manager(), "python": python(python_path)}
     known = addresses()
     if known:
         found["addresses"] = known

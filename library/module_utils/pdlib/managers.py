@@ -6,6 +6,7 @@ import http.client
 import os
 import socket
 import subprocess
+import tempfile
 import time
 import xmlrpc.client
 from dataclasses import dataclass
@@ -172,9 +173,12 @@ class Supervisord:
 
 
 class Systemd:
-    """systemd units under /etc/systemd/system."""
+    """systemd units under /etc/systemd/system, bound together by pd.target."""
 
     UNITS = Path("/etc/systemd/system")
+    _STATES = {
+        "active": "running", "reloading": "running", "activating": "starting", "deactivating": "stopping", "failed": "dead",
+    }  # fmt: skip
 
     def __init__(self, state_dir: str, install_dir: str, ratio: str):
         self.home, self.ratio = Path(state_dir), ratio
@@ -185,12 +189,13 @@ class Systemd:
         for unit in units:
             name = unit["name"]
             result[self.UNITS / f"{name}.service"] = (render.systemd_unit(unit, str(self.home), self.ratio), 0o644)
+            # systemd reads it before it gives up root's rights.
             result[self.home / "units" / f"{name}.env"] = (render.systemd_env(unit), 0o600)
         return result
 
     def own_units(self) -> List[Path]:
         """Return the unit files of this state directory; others' units may well be called pd-something."""
-        mark = f"={self.home}/"
+        mark = f"={str(self.home).replace('%', '%%')}/"
         return [path for path in sorted(self.UNITS.glob("pd-*.service")) if mark in path.read_text(errors="replace")]
 
     @staticmethod
@@ -200,29 +205,49 @@ class Systemd:
             raise UserError(f"systemctl {' '.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
+    def check(self, files: Mapping[Path, Tuple[str, int]]) -> None:
+        """Refuse units that systemd would not take, or would take in part (it ignores what it does not know, and goes on)."""
+        units = {path.name: text for path, (text, _) in files.items() if path.suffix in (".service", ".target")}
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in units]
+            for path in paths:
+                path.write_text(units[path.name])
+            try:
+                done = subprocess.run(
+                    ["systemd-analyze", "verify", "--man=no", *map(str, paths)], capture_output=True, text=True, check=False
+                )
+            except FileNotFoundError:
+                raise UserError("there is no systemd-analyze, which checks units: install the package systemd") from None
+            # It verifies what the units refer to as well: the faults of others are theirs.
+            said = [line.replace(f"{folder}/", "") for line in done.stderr.splitlines() if line.strip()]
+            wrong = [line for line in said if any(name in line for name in units)]
+            if done.returncode and not wrong:
+                wrong = said or [f"systemd-analyze verify ended with {done.returncode}"]
+        if wrong:
+            raise UserError("systemd refuses units that were to be installed; nothing was:\n" + "\n".join(wrong))
+
     def status(self) -> Dict[str, Status]:
         """Return the status of every unit of ours that has a file."""
+        names = [path.name for path in self.own_units()]
+        if not names:
+            return {}
         result: Dict[str, Status] = {}
-        states = {
-            "active": "running",
-            "activating": "starting",
-            "deactivating": "stopping",
-            "failed": "dead",
-            "reloading": "running",
-        }
-        for path in self.own_units():
-            shown = self._systemctl("show", "-p", "ActiveState,SubState,MainPID,Result", path.name)
-            row = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-            state = "dead" if row["SubState"] == "auto-restart" else states.get(row["ActiveState"], "stopped")
-            result[path.stem] = Status(state, int(row["MainPID"]), f"{row['SubState']}, result {row['Result']}")
+        shown = self._systemctl("show", "-p", "Id,ActiveState,SubState,MainPID,Result", *names)
+        for block in shown.strip().split("\n\n"):
+            row = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            state = "dead" if row["SubState"] == "auto-restart" else self._STATES.get(row["ActiveState"], "stopped")
+            detail = f"{row['SubState']}, result {row['Result']}"
+            result[row["Id"][: -len(".service")]] = Status(state, int(row["MainPID"]), detail)
         return result
 
     def reload(self) -> None:
         """Make systemd read the unit files; running units stay as they are."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        self._systemctl("daemon-reload")
         names = [path.name for path in self.own_units()]
-        self._systemctl("enable", "--quiet", "pd.target", *names)
+        if names:
+            # It reads the files anew, too.
+            self._systemctl("enable", "--quiet", "pd.target", *names)
+        else:
+            self._systemctl("daemon-reload")
 
     def start(self, names: Sequence[str]) -> None:
         """Start units; do not wait."""
@@ -237,17 +262,31 @@ class Systemd:
             return
         self._systemctl("stop", "--no-block", *(f"{name}.service" for name in names))
 
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove stopped units, and what systemd remembers of them."""
+        units = [f"{name}.service" for name in names]
+        for unit in units:
+            (self.UNITS / "pd.target.wants" / unit).unlink(missing_ok=True)
+            (self.UNITS / unit).unlink(missing_ok=True)
+        self._systemctl("daemon-reload")
+        # A server that was asked to end and gave a code of its own stays listed as failed; most are not, which is no fault.
+        subprocess.run(["systemctl", "reset-failed", *units], capture_output=True, check=False)
+
     def log_tail(self, name: str, lines: int = 25) -> str:
         """Return the end of a unit's journal."""
-        command = ["journalctl", "-u", f"{name}.service", "-n", str(lines), "--no-pager", "-o", "cat"]
+        command = ["journalctl", "-u", f"{name}.service", "-n", str(lines), "--no-pager", "-o", "cat", "-q"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     def shutdown(self) -> None:
         """Forget the target, unless another deployment on this host still has units."""
-        if (self.UNITS / "pd.target").exists() and not list((self.UNITS / "pd.target.wants").glob("*")):
+        wants = self.UNITS / "pd.target.wants"
+        if (self.UNITS / "pd.target").exists() and not list(wants.glob("*")):
+            self._systemctl("stop", "pd.target")
             self._systemctl("disable", "--quiet", "pd.target")
             (self.UNITS / "pd.target").unlink()
-        self._systemctl("daemon-reload")
+            if wants.exists():
+                wants.rmdir()
+            self._systemctl("daemon-reload")
 
 
 MANAGERS: Dict[str, Union[Type[Supervisord], Type[Systemd]]] = {"supervisord": Supervisord, "systemd": Systemd}

@@ -87,10 +87,15 @@ class Planner:
 
     # -- hosts
 
+    def _deployed(self, name: str) -> Json:
+        """What the deployed plan says of a host: it stands for facts of hosts that --limit leaves out."""
+        return dict((self.inputs.current or {}).get("hosts", {}).get(name, {}))
+
     def _gpus(self, name: str) -> Tuple[int, ...]:
         declared = self.inputs.hosts[name]["gpus"]
         found = self.inputs.discovered.get(name, {}).get("gpus")
         if declared is None or declared == "auto":
+            found = self._deployed(name).get("gpus") if found is None else found
             if found is None:
                 raise UserError(
                     f"gpus is not declared for host {name}: set a count or a list of indices in its host_vars "
@@ -135,7 +140,7 @@ class Planner:
         declared = self.inputs.hosts[name]["address"]
         found = self.inputs.discovered.get(name, {}).get("addresses")
         if declared is None:
-            default = self.inputs.discovered.get(name, {}).get("default_address")
+            default = self.inputs.discovered.get(name, {}).get("default_address") or self._deployed(name).get("address")
             if default is None:
                 raise UserError(f"address is not declared for host {name}: set the one at which the other hosts reach it")
             return str(default)
@@ -153,6 +158,8 @@ class Planner:
         if fabric == "none":
             # Declared so: whatever cards the host has, the KV cache is not to use them.
             return Link(fabric="none", devices=())
+        if found is None and fabric == "auto" and devices is None and self._deployed(name):
+            return Link(fabric=self._deployed(name)["rdma_fabric"], devices=tuple(self._deployed(name)["rdma_devices"]))
         if found is not None:
             active = {dev: port for dev, port in found.items() if port["state"] == "ACTIVE" and dev not in excluded}
             wrong = [dev for dev in devices or [] if dev not in active]

@@ -11,9 +11,9 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
-from . import processes
+from . import accounts, processes
 from .errors import UserError, listing
 from .managers import MANAGERS, Supervisord, Systemd, write
 from .units import KEY_FILE, KEY_LAUNCHER, identity
@@ -26,12 +26,16 @@ STEP_S = 6.0
 
 @dataclass
 class Outcome:
-    """What one step did: ``done`` when nothing is left to do, else ``message`` says what is waited for."""
+    """What one step did: ``done`` when nothing is left to do, else ``message`` says what is waited for.
+
+    ``lacks``: what the controller must send before it can go on.
+    """
 
     done: bool = False
     message: str = ""
     changed: List[str] = field(default_factory=list)
     diff: List[Json] = field(default_factory=list)
+    lacks: List[str] = field(default_factory=list)
 
 
 def healthy(url: str, timeout_s: float = 3.0) -> bool:
@@ -57,7 +61,12 @@ class Reconciler:
         check: bool,
         api_key: Optional[str] = None,
         launcher: str = "",
+        user: str = "",
     ):
+        self.user = user if manager == "systemd" else ""
+        if self.user:
+            # sudo may have a stricter one, and then the user could not reach what is made here.
+            os.umask(0o022)
         self.home = Path(state_dir)
         self.manager: Manager = MANAGERS[manager](state_dir, install_dir, ratio)
         self.units = {unit["name"]: unit for unit in units}
@@ -94,29 +103,47 @@ class Reconciler:
         if not self.units:
             return
         reload = isinstance(self.manager, Supervisord) and not self.manager.status()
-        for path, (text, mode) in self.manager.files(list(self.units.values())).items():
-            try:
-                before = path.read_text()
-            except OSError:
-                before = ""
+        files = self.manager.files(list(self.units.values()))
+        if not self.check:
+            self._make_room()
+        for path, (text, mode) in files.items():
+            before = _text(path)
             if before != text:
                 header = str(path)
                 self.outcome.diff.append({"before_header": header, "after_header": header, "before": before, "after": text})
-                self._change(f"wrote {path.name}")
+                self._change(f"{'would write' if self.check else 'wrote'} {path.name}")
             if not self.check and write(path, text, mode):
                 reload = reload or path.suffix in (".conf", ".service", ".target")
         if not self.check:
-            for name in self.units:
-                Path(processes.work_dir(str(self.home), name)).mkdir(parents=True, exist_ok=True)
             self._write_private()
             if reload:
                 self.manager.reload()
+
+    def _check_files(self) -> None:
+        """Refuse units that systemd would not take whole, while all is still as it was."""
+        if isinstance(self.manager, Systemd) and self.units:
+            files = self.manager.files(list(self.units.values()))
+            if any(_text(path) != text for path, (text, _) in files.items()):
+                self.manager.check(files)
+
+    def _make_room(self) -> None:
+        """Make the folders that units run in, and the account that they run as."""
+        claim(str(self.home), shared=bool(self.user))
+        if self.user and accounts.ensure(self.user):
+            self._change(f"made user {self.user}")
+        for name in self.units:
+            folder = Path(processes.work_dir(str(self.home), name))
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.user:
+                accounts.own(folder, self.user)
 
     def _write_private(self) -> None:
         """Keep the key where units and the load generator read it, or nowhere."""
         for name, (text, mode) in self.private.items():
             if write(self.home / name, text or "", mode):
                 self._change(f"wrote {name}")
+            if self.user:
+                accounts.own(self.home / name, self.user)
         if not self.private and (self.home / KEY_FILE).exists():
             (self.home / KEY_FILE).unlink()
             self._change(f"removed {KEY_FILE}")
@@ -126,15 +153,14 @@ class Reconciler:
         if not names:
             return
         for name in names:
-            for path in self._files_of(name):
-                path.unlink(missing_ok=True)
+            for path in (f"conf.d/{name}.conf", f"units/{name}.sh", f"units/{name}.env"):
+                (self.home / path).unlink(missing_ok=True)
             self.record.pop(name, None)
         self._save()
-        self.manager.reload()
-
-    def _files_of(self, name: str) -> List[Path]:
-        found = [self.home / "conf.d" / f"{name}.conf", self.home / "units" / f"{name}.sh", self.home / "units" / f"{name}.env"]
-        return [*found, Systemd.UNITS / f"{name}.service"] if isinstance(self.manager, Systemd) else found
+        if isinstance(self.manager, Systemd):
+            self.manager.remove(names)
+        else:
+            self.manager.reload()
 
     # -- processes
 
@@ -214,6 +240,7 @@ class Reconciler:
         surplus, restart = self._to_stop()
         if self.check:
             return self._foretell(surplus, restart)
+        self._check_files()
         for name in surplus:
             self._change(f"stopped {name}")
         left = self._stop([*surplus, *restart], end)
@@ -265,6 +292,8 @@ class Reconciler:
 
     def _foretell(self, surplus: Sequence[str], restart: Sequence[str]) -> Outcome:
         status = self.manager.status()
+        if self.user and self.units and not accounts.exists(self.user):
+            self._change(f"would make user {self.user}")
         for name in surplus:
             self._change(f"would stop {name}")
         for name in restart:
@@ -277,6 +306,13 @@ class Reconciler:
         return self.outcome
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str], purge: bool, check: bool) -> Outcome:
     """Teardown: end our processes, remove units, configuration and runtime state; with ``purge`` the installs, too.
 
@@ -285,12 +321,17 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     outcome = Outcome(done=True)
     home = Path(state_dir)
     folders = [home, Path(install_dir)] if purge else [home]
+    own: List[Path] = []
+    marks: Set[str] = set()
     for name in managers:
         manager: Manager = MANAGERS[name](state_dir, install_dir, "")
         running = sorted(unit for unit, status in manager.status().items())
         unit_files = manager.own_units() if isinstance(manager, Systemd) else []
         outcome.changed += [f"stopped {unit}" for unit in running]
+        own += unit_files
         if check:
+            # What it would end by stopping is no stray.
+            marks |= {processes.work_dir(os.path.realpath(state_dir), unit) for unit in [*running, "supervisord"]}
             continue
         end = time.monotonic() + STEP_S
         manager.stop([unit for unit, status in manager.status().items() if status.state in ("running", "starting")])
@@ -302,12 +343,11 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
         else:
             outcome.done, outcome.message = False, f"stopping {listing(busy)}"
             return outcome
-        for path in unit_files:
-            (Systemd.UNITS / "pd.target.wants" / path.name).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+        if isinstance(manager, Systemd) and unit_files:
+            manager.remove([path.stem for path in unit_files])
         if unit_files or name == "supervisord":
             manager.shutdown()
-    strays = processes.ours(state_dir)
+    strays = [p for p in processes.ours(state_dir) if p.cwd not in marks]
     outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
     if not check:
         processes.kill([p.pid for p in strays], 10.0)
@@ -323,6 +363,9 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
             outcome.changed.append(f"removed {folder}")
             if not check:
                 _remove_tree(folder)
+    if purge and "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
+        for account in accounts.ours():
+            outcome.changed.append(f"removed user {account}" if check else accounts.remove(account))
     return outcome
 
 
@@ -339,19 +382,25 @@ def _remove_tree(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def claim(folder: str) -> bool:
-    """Make ``folder`` ours (0700, marked), refusing one that holds somebody else's files; return whether it was new."""
-    path = Path(folder)
+def claim(folder: str, shared: bool = False) -> bool:
+    """Make ``folder`` ours (marked), refusing one that holds somebody else's files; return whether it was new.
+
+    It is closed to other users; with ``shared``, those who know a path in it may reach it (an unprivileged service does).
+    """
+    path, mode = Path(folder), 0o711 if shared else 0o700
     marker = path / ".pd"
-    if marker.exists():
-        return False
     try:
+        if marker.exists():
+            if shared and path.stat().st_mode & 0o777 == 0o700:
+                path.chmod(mode)
+            return False
         if path.exists() and any(path.iterdir()):
             # Hosts of the inventory may share the folder: another one may have marked it since.
             if marker.exists():
                 return False
             raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        path.chmod(mode)
         marker.write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
     except OSError as error:
         raise UserError(

@@ -134,6 +134,8 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
         raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}, and not none at all")
     if variable.name in ("state_dir", "install_dir") and not result.startswith("/"):
         raise UserError(f"{variable.name}={shown} ({where}): expected an absolute path")
+    if variable.name == "service_user" and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", result):
+        raise UserError(f"{variable.name}={shown} ({where}): expected a user's name, such as pd")
     if variable.secret and result.split() != [result]:
         raise UserError(f"{variable.name} ({where}): expected one word, and it is empty or holds a space")
     numbers = result if variable.type == "ints" else [result]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -11,6 +11,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["  ".join(item.ljust(width) for item, width in zip(row, widths)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def grouped(changes: Sequence[str]) -> str:
+    """Return changes in one line, those of one kind together: ``started pd-prefill-0, pd-decode-0; stopped pd-decode-1``."""
+    kinds: Dict[str, List[str]] = {}
+    for change in changes:
+        # The verb, and the word that makes it another one: "would start", "made user".
+        words = change.split(" ")
+        size = 2 if words[0] in ("would", "made", "got", "ended", "removed", "kept") and len(words) > 2 else 1
+        kinds.setdefault(" ".join(words[:size]), []).append(" ".join(words[size:]))
+    for kind in ("wrote", "would write"):
+        if len(kinds.get(kind, [])) > 2:
+            kinds[kind] = [f"{len(kinds[kind])} files"]
+    return "; ".join(f"{kind} {', '.join(what)}".strip() for kind, what in kinds.items())
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people say it: ``3.2 s``, ``47 s``, ``5 min 20 s``, ``2 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def workers(plan: Mapping[str, Any]) -> str:

@@ -20,22 +20,28 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
     """Return the services that one host runs.
 
     Each: ``name`` (``pd-prefill-0``), ``argv``, ``env``, ``ports`` (what it binds), ``listen``, ``health_url`` (None for
-    ranks that serve nothing), and ``members``: the tail of argv that may change without a restart.
+    ranks that serve nothing), ``members``: the tail of argv that may change without a restart, ``user``: who it runs as
+    under systemd, and ``gpu``: whether it uses real GPUs.
     """
     units: List[Json] = []
+    entry = plan["hosts"].get(host, {})
     for worker in plan["workers"]:
         for rank in worker["ranks"]:
             if rank["host"] == host:
                 ports = [rank["port"]] + ([rank["bootstrap_port"]] if "bootstrap_port" in rank else [])
-                units.append(_unit(rank, worker["name"], ports, rank.get("health_url"), []))
+                gpu = bool(rank["gpus"]) and not plan["emulated"] and not plan["on_cpu"]
+                units.append(_unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu))
     router = plan["router"]
     if router["host"] == host:
         ports = [router["port"], router["prometheus_port"]]
-        units.append(_unit(router, "router", ports, f"{router['url']}/health", router["members"]))
-    return units
+        units.append(_unit(router, "router", ports, f"{router['url']}/health", router["members"], False))
+    user = entry["service_user"] if entry.get("service_manager") == "systemd" else ""
+    return [{**unit, "user": user} for unit in units]
 
 
-def _unit(entry: Mapping[str, Any], name: str, ports: List[int], health_url: Optional[str], members: List[str]) -> Json:
+def _unit(
+    entry: Mapping[str, Any], name: str, ports: List[int], health_url: Optional[str], members: List[str], gpu: bool
+) -> Json:
     return {
         "name": entry["unit"][: -len(".service")],
         "title": name,
@@ -45,6 +51,7 @@ def _unit(entry: Mapping[str, Any], name: str, ports: List[int], health_url: Opt
         "ports": ports,
         "health_url": health_url,
         "members": list(members),
+        "gpu": gpu,
     }
 
 
@@ -54,7 +61,7 @@ def identity(unit: Mapping[str, Any], secret: str = "") -> str:
     ``secret``: the key that the unit is started with, so that a new key restarts it.
     """
     argv = unit["argv"][: len(unit["argv"]) - len(unit["members"])]
-    text = json.dumps([argv, sorted(unit["env"].items()), secret])
+    text = json.dumps([argv, sorted(unit["env"].items()), secret, *([unit["user"]] if unit.get("user") else [])])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -138,33 +145,64 @@ def _systemd_word(text: str) -> str:
     return f'"{escaped}"' if any(c in text for c in " \t\n\r\"'\\;{}") or text == "" else escaped
 
 
+#: Every line was tried against what RDMA and GPUs need (docs/hosts.md says what is left out, and why).
+_HARDENING = """\
+NoNewPrivileges=yes
+ProtectSystem=full
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+UMask=0027
+"""
+#: With the rights of root, because a service that gains none cannot run the setuid program that makes the GPUs' device files.
+_GPU_FILES = "ExecStartPre=+-/bin/sh -c 'if command -v nvidia-modprobe; then nvidia-modprobe -u -c 0; fi'\n"
+
+
 def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
     """Return the systemd service; its environment lies in ``<state_dir>/units/<name>.env``."""
+    user = unit.get("user") or "root"
+    # Root without its capabilities is nobody's root; any other user has none to lose.
+    account = f"User={user}\n" + ("" if user == "root" else "CapabilityBoundingSet=\n")
     return f"""{HEADER}
 [Unit]
 Description=PD {unit["title"]} ({ratio})
 After=network-online.target
 Wants=network-online.target
 PartOf=pd.target
+# A model that takes minutes to load and dies is given up after five times.
+StartLimitIntervalSec=1800
+StartLimitBurst=5
 
 [Service]
-EnvironmentFile={state_dir}/units/{unit["name"]}.env
-WorkingDirectory={work_dir(state_dir, unit["name"])}
-ExecStart={_command_lines(unit["argv"], _systemd_word)}
+{account}EnvironmentFile={_systemd_path(state_dir)}/units/{unit["name"]}.env
+WorkingDirectory={_systemd_path(work_dir(state_dir, unit["name"]))}
+{_GPU_FILES if unit.get("gpu") else ""}ExecStart={_command_lines(unit["argv"], _systemd_word)}
 Restart=on-failure
 RestartSec=5
+# Only the engine's first process is asked to end: it drains, and ends the others itself.
+KillMode=mixed
 TimeoutStopSec=90
-LimitNOFILE=1048576
+SyslogIdentifier={unit["name"]}
+LimitCORE=0
 LimitMEMLOCK=infinity
-NoNewPrivileges=yes
-ProtectSystem=full
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-RestrictSUIDSGID=yes
-
+LimitNOFILE=1048576
+TasksMax=infinity
+{_HARDENING}
 [Install]
 WantedBy=pd.target
 """
+
+
+def _systemd_path(text: str) -> str:
+    return text.replace("%", "%%")
 
 
 def systemd_env(unit: Mapping[str, Any]) -> str:

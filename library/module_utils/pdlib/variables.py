@@ -152,7 +152,21 @@ def _table() -> Dict[str, Variable]:
             "`auto`: systemd where it is PID 1 and we may become root, else supervisord.",
             choices=("auto", "systemd", "supervisord"),
         ),
-        v("install_dir", "str", "/opt/pd", HOST, "Virtualenvs and caches; teardown leaves them, purge does not."),
+        v(
+            "service_user",
+            "str",
+            "pd",
+            HOST,
+            "Under systemd: who services and load generator run as; made where it does not exist. supervisord: who deploys.",
+        ),
+        v(
+            "wheelhouse",
+            "bool",
+            False,
+            HOST,
+            "The host reaches no package registry: the controller fetches the wheels for its Python and machine, and pushes them.",
+        ),
+        v("install_dir", "str", "/opt/pd", HOST, "Virtualenvs and wheels; teardown leaves them, purge does not."),
         v("state_dir", "str", "/var/lib/pd", HOST, "Configuration, logs, sockets and records; teardown removes it."),
         # -- load
         v("bench_api", "str", "completions", BENCH, "Endpoint to load.", choices=("completions", "chat", "generate")),
@@ -195,7 +209,13 @@ def _table() -> Dict[str, Variable]:
         v("results_dir", "str", "results", VERB, "Where runs go on the controller, relative to the checkout."),
         v("plan_dir", "str", ".pd/plan", VERB, "Where `plan.yml` writes, relative to the checkout."),
         v("current_plan", "str", None, VERB, "A deployed plan.json that `plan.yml` starts from, so that placement is sticky."),
-        v("purge", "bool", False, VERB, "`teardown.yml` removes virtualenvs and caches, too (never model weights)."),
+        v(
+            "purge",
+            "bool",
+            False,
+            VERB,
+            "`teardown.yml` removes virtualenvs, wheels and the user that we made, too (never model weights).",
+        ),
         v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
         v("manifest", "dict", {}, VERB, "What a run's manifest.json records beside its variables; read by nobody."),
     ]

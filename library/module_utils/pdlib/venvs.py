@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import os
 import shlex
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from .errors import UserError, listing
 from .managers import tail
 from .processes import alive, work_dir
 from .reconcile import STEP_S, Outcome, claim
+from .wheelhouse import unpack
 
 Json = Dict[str, Any]
 
@@ -24,10 +26,20 @@ Json = Dict[str, Any]
 class Venv:
     """One virtualenv: ``name``, and ``requirements`` installed in turn (``no-deps:FILE``; ``pdbench`` is our own wheel).
 
-    ``files``: base64 contents of every file that the requirements name.
+    ``files``: base64 contents of every file that the requirements name; ``wheels``: the folder that has all wheels, for
+    hosts that reach no registry.
     """
 
-    def __init__(self, install_dir: str, state_dir: str, python: str, row: Mapping[str, Any], files: Mapping[str, str]):
+    def __init__(
+        self,
+        install_dir: str,
+        state_dir: str,
+        python: str,
+        row: Mapping[str, Any],
+        files: Mapping[str, str],
+        wheels: Optional[Path] = None,
+    ):
+        self.wheels = wheels
         self.folder = Path(install_dir) / row["name"]
         self.work = Path(install_dir) / f"{row['name']}.install"
         self.state_dir, self.python, self.name = state_dir, python or sys.executable, row["name"]
@@ -67,7 +79,8 @@ class Venv:
         back = shlex.quote(f"[ ! -e {old} ] || {{ rm -rf {target}; mv {old} {target}; }}")
         # An old one that is there already was left by an installer that was killed: it is the whole one of the two.
         aside = f"if [ -e {old} ]; then rm -rf {target}; elif [ -e {target} ]; then mv {target} {old}; fi"
-        lines = ["#!/bin/sh", "set -e", aside, f"trap {back} EXIT"]
+        # Services that are not root's read it, whatever umask sudo has.
+        lines = ["#!/bin/sh", "set -e", "umask 022", aside, f"trap {back} EXIT"]
         lines.append(f"{shlex.quote(self.python)} -m venv {target}")
         for step in self.steps:
             name = step.replace("no-deps:", "", 1)
@@ -75,7 +88,8 @@ class Venv:
             path.write_bytes(self.contents[step])
             what = shlex.quote(str(path)) if path.suffix == ".whl" else f"-r {shlex.quote(str(path))}"
             deps = "--no-deps " if step.startswith("no-deps:") or path.suffix == ".whl" else ""
-            lines.append(f"{target}/bin/python -m pip install --no-input --disable-pip-version-check {deps}{what}")
+            source = f"--no-index --only-binary=:all: --find-links {shlex.quote(str(self.wheels))} " if self.wheels else ""
+            lines.append(f"{target}/bin/python -m pip install --no-input --disable-pip-version-check {source}{deps}{what}")
         lines.append(f"printf %s {self.stamp()} > {target}/.pd-stamp")
         lines.append(f"rm -rf {old}")
         script = self.work / "install.sh"
@@ -114,17 +128,43 @@ def _locked(install_dir: str) -> Iterator[None]:
 
 
 def step(
-    install_dir: str, state_dir: str, python: str, rows: Sequence[Json], files: Mapping[str, str], check: bool, resumed: bool
+    install_dir: str,
+    state_dir: str,
+    python: str,
+    rows: Sequence[Json],
+    files: Mapping[str, str],
+    check: bool,
+    resumed: bool,
+    wheelhouses: Optional[Mapping[str, str]] = None,
+    archives: Optional[Mapping[str, str]] = None,
+    shared: bool = False,
 ) -> Outcome:
-    """Bring all virtualenvs of ``rows`` a few seconds closer to being there."""
+    """Bring all virtualenvs of ``rows`` a few seconds closer to being there.
+
+    ``wheelhouses``: virtualenv -> the wheelhouse that it is installed from (others: from the registry); those that the host
+    lacks come back in the outcome's ``lacks``, and are then given in ``archives`` (wheelhouse -> tar file on the host).
+    ``shared``: the services run as another user.
+    """
+    if shared:
+        # sudo may have a stricter one, and then the services could not reach what is made here.
+        os.umask(0o022)
     outcome = Outcome()
-    venvs = [Venv(install_dir, state_dir, python, row, files) for row in rows]
+    houses = {name: Path(install_dir) / "wheelhouse" / house for name, house in (wheelhouses or {}).items()}
+    venvs = [Venv(install_dir, state_dir, python, row, files, houses.get(row["name"])) for row in rows]
     if check:
         outcome.changed = [f"would install {venv.name}" for venv in venvs if not venv.ready()]
         outcome.done = True
         return outcome
-    if claim(install_dir) | claim(state_dir):
+    if claim(install_dir, shared) | claim(state_dir, shared):
         outcome.changed.append("made install_dir and state_dir")
+    with _locked(install_dir):
+        for house, source in (archives or {}).items():
+            if not (Path(install_dir) / "wheelhouse" / house).exists():
+                unpack(Path(source), Path(install_dir) / "wheelhouse" / house)
+                outcome.changed.append(f"got wheels of {house.rpartition('-')[0]}")
+    outcome.lacks = [v.wheels.name for v in venvs if v.wheels and not v.wheels.exists() and not v.ready()]
+    if outcome.lacks:
+        return outcome
     end = time.monotonic() + STEP_S
     with _locked(install_dir):
         # In this order: an installer that ends between the two questions is there, and did not fail.

@@ -1,0 +1,76 @@
+"""The last lines of every command: how long it took, and where it did not work, which host said what and what to do."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.callback import CallbackBase
+
+DOCUMENTATION = """
+name: pd_summary
+type: aggregate
+short_description: Say at the end what failed on which host, and what to do
+description:
+  - A command that worked has printed its own table; this adds how long it took.
+  - One that did not ends with a table of its hosts, the first line of every reason, and what to type next.
+requirements: [enabled in ansible.cfg]
+"""
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "library" / "module_utils"))
+
+from pdlib import tables  # noqa: E402
+
+
+def first_line(text: str) -> str:
+    """Return what fits a table."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason was given").replace("Task failed: ", "")
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+class CallbackModule(CallbackBase):
+    """Collects what the hosts said."""
+
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = "aggregate"
+    CALLBACK_NAME = "pd_summary"
+    CALLBACK_NEEDS_ENABLED = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = time.time()
+        self.said: dict[str, str] = {}
+        self.command = "the command"
+
+    def v2_playbook_on_start(self, playbook: Any) -> None:
+        """Remember what was typed."""
+        self.command = f"ansible-playbook {Path(playbook._file_name).name}"
+
+    def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
+        """Remember why a host failed."""
+        if not ignore_errors:
+            self.said[result._host.get_name()] = f"FAILED at {result._task.get_name()}: {result._result.get('msg', '')}"
+
+    def v2_runner_on_unreachable(self, result: Any) -> None:
+        """Remember why a host could not be reached."""
+        self.said[result._host.get_name()] = f"UNREACHABLE: {result._result.get('msg', '')}"
+
+    def v2_playbook_on_stats(self, stats: Any) -> None:
+        """Print the summary."""
+        took = tables.duration(time.time() - self.started)
+        lost = [host for host in sorted(stats.processed) if host in stats.failures or host in stats.dark]
+        if not lost:
+            self._display.display(f"{self.command} took {took}")
+            return
+        rows = [
+            [host, first_line(self.said.get(host, "FAILED")) if host in lost else "not at fault; went no further"]
+            for host in sorted(stats.processed, key=lambda host: host not in lost)
+        ]
+        text = tables.table(["host", "what happened"], rows)
+        hints = [f"next: put it right and type {self.command} again; it goes on from what is there"]
+        dark = [host for host in lost if host in stats.dark]
+        if dark:
+            hints.insert(0, f"unreachable: try ssh {dark[0]} by hand (docs/hosts.md); what runs on other hosts was left as it is")
+        self._display.display("\n" + "\n".join([text, *hints, f"({self.command} ended after {took})"]) + "\n")

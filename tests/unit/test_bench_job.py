@@ -1,0 +1,100 @@
+"""A run on the client host: who it runs as, and what of it leaves the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdlib import accounts, processes
+from pdlib.bench_job import Job
+from pdlib.errors import UserError
+
+RUN = "20260101-120000-1p1d"
+#: Stands for systemd-run: notes what it is asked, and runs the command in the folder that it is given.
+TOOL = """#!/bin/sh
+echo "$@" > {folder}/asked
+for word in "$@"; do case $word in --working-directory=*) cd "${{word#*=}}";; esac; done
+while [ "$1" != -- ]; do shift; done
+shift
+{run}
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    before = os.umask(0o022)
+    folder = tmp_path / "state"
+    yield folder
+    processes.kill([p.pid for p in processes.ours(str(folder))], 2)
+    os.umask(before)
+
+
+def finish(job: Job) -> None:
+    end = time.monotonic() + 60
+    while not job.watch().done:
+        assert time.monotonic() < end
+
+
+def test_a_run_of_our_own_lives_in_a_session_of_its_own(state: Path) -> None:
+    job = Job(str(state), RUN)
+    script = "echo said; ps -o sid= -p $$ > {dir}/sid; echo '{}' > {dir}/summary.json"
+    job.start(["/bin/sh", "-c", script], {"ratio": "1p1d"}, "", None, 1)
+    finish(job)
+    assert int((job.folder / "sid").read_text()) != os.getsid(0)
+    assert (job.folder / "run.log").read_text() == "said\n"
+    assert json.loads((job.folder / "plan.json").read_text()) == {"ratio": "1p1d"}
+
+
+def test_a_run_of_another_user_is_a_service_of_systemds(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "bin" / "systemd-run"
+    tool.parent.mkdir()
+    tool.write_text(TOOL.format(folder=tmp_path, run='"$@" &'))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(accounts, "ensure", lambda name: False)
+    owned: dict[str, str] = {}
+    monkeypatch.setattr(accounts, "own", lambda path, name: owned.update({path.name: name}))
+    job = Job(str(state), RUN, "pd")
+    job.start(["/bin/sh", "-c", "sleep 0.3"], {}, "", "s3same", 1)
+    assert job.running() or job.exit_code() is not None, "it is there when start returns, or watch would call it killed"
+    finish(job)
+    asked = (tmp_path / "asked").read_text()
+    assert f"--unit=pd-bench-{RUN} --uid=pd" in asked
+    assert f"--working-directory={state}/run/bench-{RUN}" in asked
+    assert "s3same" not in asked
+    assert owned == dict.fromkeys(("api_key", f"bench-{RUN}", RUN, "plan.json"), "pd")
+    assert state.stat().st_mode & 0o777 == 0o711
+
+
+def test_a_service_that_does_not_start_says_why(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "bin" / "systemd-run"
+    tool.parent.mkdir()
+    tool.write_text(TOOL.format(folder=tmp_path, run="echo 'Failed to start transient service unit' >&2; exit 1"))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(accounts, "ensure", lambda name: False)
+    monkeypatch.setattr(accounts, "own", lambda path, name: None)
+    with pytest.raises(UserError, match="the load generator does not start: Failed to start transient service unit"):
+        Job(str(state), RUN, "pd").start(["/bin/true"], {}, "", None, 1)
+
+
+def test_the_archive_names_no_owner_and_nothing_stays_when_the_run_is_dropped(state: Path, tmp_path: Path) -> None:
+    job = Job(str(state), RUN)
+    job.start(["/bin/true"], {}, "", None, 1)
+    finish(job)
+    archive = tmp_path / "run.tar.gz"
+    job.pack(str(archive))
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+    assert {(member.uid, member.gid, member.uname, member.gname) for member in members} == {(0, 0, "", "")}
+    assert f"{RUN}/plan.json" in {member.name for member in members}
+    with pytest.raises(UserError, match="the run cannot be packed: No such file or directory"):
+        job.pack(str(tmp_path / "no such folder" / "run.tar.gz"))
+    job.drop()
+    assert not [path for path in state.rglob("*") if RUN in path.name]
