@@ -26,7 +26,7 @@ from pdbench.emulate.text import prompt_of
 from pdbench.model import cluster, profile
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Event, Request, Worker
+from pdbench.model.scheduler import Request, Token, Worker
 
 Calls = list[tuple[str, float, tuple[Any, ...]]]
 
@@ -103,8 +103,9 @@ def replay(engine: Engine, calls: Calls) -> dict[tuple[int, int], float]:
                 twin.peer, twin.transport = request.peer, rest.pop()
             getattr(worker, name)(at, twin, *rest)
         else:
-            events = worker.advance(worker.next_at)
-            due |= {(event.request.tag, event.number): event.at for event in events if event.kind == "token"}  # type: ignore[misc]
+            at = worker.next_at
+            worker.advance(at)
+            due |= {(request.tag, number): due_at for due_at, request, number in worker.tokens(at)}  # type: ignore[misc]
     return due
 
 
@@ -146,11 +147,12 @@ async def run(load: Workload) -> tuple[list[float], list[float], list[float]]:
             books.append((engine, calls, {}))
             seen: dict[tuple[int, int], float] = books[-1][2]
 
-            def note(job: Job, event: Event, seen: dict[tuple[int, int], float] = seen, real: Any = engine._token) -> None:
-                seen[id(job), event.number] = event.at
-                real(job, event)
+            def note(now: float, most: float, seen: Any = seen, real: Any = engine.worker.tokens) -> list[Token]:
+                due: list[Token] = real(now, most)
+                seen |= {(id(request.tag), number): at for at, request, number in due}
+                return due
 
-            engine._token = note  # type: ignore[method-assign]
+            engine.worker.tokens = note  # type: ignore[method-assign, assignment]
             engines[role].append(engine)
             if role == "prefill":
                 runner = web.AppRunner(bootstrap_app(engine.rooms), shutdown_timeout=0)

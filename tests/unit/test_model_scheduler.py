@@ -17,7 +17,7 @@ from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, deplo
 from pdbench.model.profile import Profile
 from pdbench.model.radix import pack
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Event, Limits, Request, Step, Way, Worker
+from pdbench.model.scheduler import Limits, Request, Step, Token, Way, Worker
 
 TINY = profile.load("tiny")
 H200 = profile.load("h200-qwen2.5-3b")
@@ -45,13 +45,15 @@ def complete(outcomes: list[Outcome]) -> None:
         assert outcome.ttft > 0
 
 
-def run_alone(worker: Worker, requests: list[Request], until: float = 1e9) -> list[Event]:
+def run_alone(worker: Worker, requests: list[Request], until: float = 1e9) -> list[Token]:
     for request in requests:
         worker.submit(0.0, request)
-    events: list[Event] = []
+    due: list[Token] = []
     while worker.next_at <= until:
-        events += worker.advance(worker.next_at)
-    return events
+        at = worker.next_at
+        worker.advance(at)
+        due += worker.tokens(at)
+    return due
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +98,8 @@ def test_a_driver_that_wakes_up_late_gets_the_same_schedule(
         for now in wake_ups:
             while arrivals and arrivals[0][0] <= now:  # stamped when it came, taken when the driver woke up
                 worker.submit(*arrivals.popleft())
-            seen += [(event.at, event.request.tag, event.number) for event in worker.advance(now)]
+            worker.advance(now)
+            seen += [(at, request.tag, number) for at, request, number in worker.tokens(now)]
             if not arrivals and worker.idle:
                 return seen
         raise AssertionError
@@ -137,6 +140,7 @@ def test_what_is_aborted_anywhere_gives_everything_back(
         worker.abort(now, request)
     assert worker.used == 0
     assert worker.advance(now + 1000) == []
+    assert worker.tokens(now + 1000) == []
     assert worker.idle
 
 
@@ -179,10 +183,10 @@ def test_throughput_never_rises_when_a_resource_shrinks(figures: Profile, ratio:
 def test_a_lone_request_takes_what_the_formulas_say() -> None:
     rates = Rates(TINY)
     worker = Worker(rates, BIG)
-    events = run_alone(worker, [Request("local", 512, 3)])
+    tokens = run_alone(worker, [Request("local", 512, 3)])
     first = rates.prefill_s([(512, 0)])
     second = first + rates.decode_s(1, 513)
-    assert [event.at for event in events] == pytest.approx([first, second, second + rates.decode_s(1, 514)])
+    assert [at for at, _, _ in tokens] == pytest.approx([first, second, second + rates.decode_s(1, 514)])
 
 
 def test_pd_adds_the_transfer_and_the_decode_worker_makes_every_token_but_the_first() -> None:
@@ -214,11 +218,13 @@ def test_long_prompts_are_cut_into_chunks_and_their_kv_travels_while_the_next_on
     worker.grant(0.0, request)
     events = []
     while worker.next_at < 100:
-        events += worker.advance(worker.next_at)
+        now = worker.next_at
+        events += worker.advance(now)
+        worker.tokens(now)
     assert [(step.tokens, step.context) for step in steps] == [(1024, 0), (1024, 1024), (952, 2048)]
     # only the last chunk's KV is still to be sent when the computing ends
     sent = next(event for event in events if event.kind == "sent")
-    assert sent.value == pytest.approx(rates.transfer_s(rates.kv_bytes(952), "tcp") + 0.002, rel=1e-3)
+    assert sent.took == pytest.approx(rates.transfer_s(rates.kv_bytes(952), "tcp") + 0.002, rel=1e-3)
     assert request.sent_bytes == rates.kv_bytes(3000)
 
 
@@ -245,8 +251,9 @@ def test_a_prompt_seen_before_costs_its_last_token_only_until_the_cache_is_flush
         begin += 1000.0
         request = Request("local", 512, 1, pack(range(512)))
         worker.submit(begin, request)
-        (event,) = worker.advance(begin + 100)
-        return request.cached, event.at - begin
+        worker.advance(begin + 100)
+        ((at, _, _),) = worker.tokens(begin + 100)
+        return request.cached, at - begin
 
     worker, rates = Worker(Rates(TINY), BIG), Rates(TINY)
     assert ask(worker) == pytest.approx((0, rates.prefill_s([(512, 0)])))
@@ -268,11 +275,10 @@ def test_without_memory_the_youngest_are_retracted_and_finish_later(way: Way) ->
         worker.submit(start, request)
         worker.found(start, request)
     while worker.next_at < 1e6:
-        for event in worker.advance(worker.next_at):
-            if event.kind == "granted":
-                worker.deliver(event.at, event.request, 1000)
-            else:
-                tokens[id(event.request)] += 1
+        now = worker.next_at
+        for event in worker.advance(now):
+            worker.deliver(event.at, event.request, 1000)
+        tokens.update(id(request) for _, request, _ in worker.tokens(now))
     assert [tokens[id(request)] for request in requests] == [1000, 400, 400, 400, 400]
     assert worker.retracted > 0
     assert sum(request.retractions for request in requests) == worker.retracted

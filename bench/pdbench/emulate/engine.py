@@ -16,7 +16,7 @@ from pdbench.emulate.metrics import WorkerMetrics
 from pdbench.emulate.text import Prompt
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Step, Way, Worker
+from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Step, Token, Way, Worker
 
 Role = Literal["prefill", "decode", "aggregated"]
 #: What SGLang calls the roles: in `disaggregation_mode`, and in the label `engine_type`.
@@ -85,6 +85,7 @@ class Job:
         self.arrived = now()
         self.first_at = self.last_at = 0.0
         self.sent = 0
+        self.over = False
         self.request: Request | None = None
         self.link: Link | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -302,7 +303,7 @@ class Engine:
     def _note_sent(self, job: Job, event: Event) -> None:
         """The last KV of a prompt has left."""
         assert job.request is not None
-        room, size, seconds = job.item.bootstrap_room, job.request.sent_bytes, event.value
+        room, size, seconds = job.item.bootstrap_room, job.request.sent_bytes, event.took
         assert room is not None
         peer, transport = job.request.peer, job.request.transport
         if self.faults.fails(peer):
@@ -402,14 +403,13 @@ class Engine:
 
     def _tick(self) -> None:
         self._timer, self._timer_at = None, FOREVER
-        for event in self.worker.advance(now(), MOST_AT_ONCE):
+        moment = now()
+        for event in self.worker.advance(moment):
             job = event.request.tag
             assert isinstance(job, Job)
             if job.done.done():
                 continue
-            if event.kind == "token":
-                self._token(job, event)
-            elif event.kind == "sent":
+            if event.kind == "sent":
                 self._note_sent(job, event)
             else:
                 job.granted_at = now()
@@ -417,21 +417,28 @@ class Engine:
                 assert job.link is not None
                 assert job.item.bootstrap_room is not None
                 job.link.grant(job.item.bootstrap_room)
+        self._hand_over(self.worker.tokens(moment, MOST_AT_ONCE))
         self._arm()
 
-    def _token(self, job: Job, event: Event) -> None:
-        last = event.number == job.tokens - 1
-        if job.sink is not None:
-            job.sink.token(job, event.number, last)
-        moment = now()
-        self.metrics.lateness.observe(moment - event.at)
-        if job.sent:
-            self.metrics.itl.observe(moment - job.last_at)
-        else:
-            job.first_at = moment
-        job.sent, job.last_at = job.sent + 1, moment
-        if last:
-            job.done.set_result(None)
+    def _hand_over(self, tokens: list[Token]) -> None:
+        late, itl = self.metrics.lateness.observe, self.metrics.itl.observe
+        for due, request, number in tokens:
+            job: Job = request.tag  # type: ignore[assignment]
+            if job.over:
+                continue
+            last = number == job.tokens - 1
+            if job.sink is not None:
+                job.sink.token(job, number, last)
+            moment = now()
+            late(moment - due)
+            if number:
+                itl(moment - job.last_at)
+            else:
+                job.first_at = moment
+            job.sent, job.last_at = number + 1, moment
+            if last:
+                job.over = True
+                job.done.set_result(None)
 
     def _note_step(self, step: Step) -> None:
         self.metrics.realtime.inc(step.tokens, "decode" if step.kind == "decode" else "prefill_compute")
@@ -457,6 +464,7 @@ class Engine:
         if job.request:
             self.worker.abort(moment, job.request)
         self._leave_room(job, why)
+        job.over = True
         job.done.set_exception(problem)
         self._arm()
 

@@ -136,6 +136,8 @@ class Simulation:
             if at <= call:
                 for event in worker.advance(self.now):
                     self._route(event)
+                for token in worker.tokens(self.now):
+                    self._arrive(*token)
             else:
                 _, _, action = heapq.heappop(self._calls)
                 action(self.now)
@@ -165,15 +167,6 @@ class Simulation:
     def _route(self, event: Event) -> None:
         trip = event.request.tag
         assert isinstance(trip, _Trip)
-        if event.kind == "token":
-            if event.request.way == "send":
-                return
-            trip.outcome.tokens.append(event.at)
-            if event.number == event.request.output_tokens - 1:
-                computed = trip.pair[0] if trip.pair else event.request
-                trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, event.request.retractions
-                self._call(event.at, self._done)
-            return
         assert trip.pair
         assert trip.prefill
         assert trip.decode
@@ -183,6 +176,17 @@ class Simulation:
             self._call(event.at + self._message_s, lambda at: prefill.grant(at, sender))
         else:
             self._call(event.at + self._message_s, lambda at: decode.deliver(at, receiver, sender.sent_bytes))
+
+    def _arrive(self, at: float, request: Request, number: int) -> None:
+        trip = request.tag
+        assert isinstance(trip, _Trip)
+        if request.way == "send":
+            return
+        trip.outcome.tokens.append(at)
+        if number == request.output_tokens - 1:
+            computed = trip.pair[0] if trip.pair else request
+            trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, request.retractions
+            self._call(at, self._done)
 
     def _done(self, now: float) -> None:
         if self._on_done:

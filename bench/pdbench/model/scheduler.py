@@ -78,17 +78,20 @@ class Request:
 
 
 class Event(NamedTuple):
-    """Something that leaves the worker at time `at`.
+    """Something that another worker has to know, at time `at`.
 
-    `token`: output token `number` (from 0) reaches the client; `granted`: decode has memory, prefill may begin; `sent`: the last
-    KV left the prefill; `value` is then how long the transfer took, in seconds, from the end of the last chunk's computation.
+    `granted`: decode has memory, prefill may begin; `sent`: the last KV left the prefill; `took` is then how long the transfer
+    took, in seconds, from the end of the last chunk's computation.
     """
 
     at: float
-    kind: Literal["token", "granted", "sent"]
+    kind: Literal["granted", "sent"]
     request: Request
-    number: int = 0
-    value: float = 0.0
+    took: float = 0.0
+
+
+#: An output token that reaches the client: when it does, of which request, its number from 0.
+Token = tuple[float, Request, int]
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Worker:
         self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
         self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
         self._frontend_free = -FOREVER
-        self._tokens: deque[Event] = deque()  # on their way through the front end, in order of time
+        self._tokens: deque[Token] = deque()  # on their way through the front end, in order of time
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._out: list[Event] = []
@@ -196,7 +199,7 @@ class Worker:
         """Forget a request, whatever it is doing; the step that computes it goes on without it."""
         self._catch_up(now)
         if request.state == "done":
-            self._tokens = deque(event for event in self._tokens if event.request is not request)
+            self._tokens = deque(token for token in self._tokens if token[1] is not request)
             return
         for queue in (self._waiting, self._prealloc, self._ready, self._retracted):
             if request in queue:
@@ -207,18 +210,24 @@ class Worker:
             self._running.remove(request)
             self._context -= request.context
         self._finish(request)
-        self._tokens = deque(event for event in self._tokens if event.request is not request)
+        self._tokens = deque(token for token in self._tokens if token[1] is not request)
         self._kick(now)
 
-    def advance(self, now: float, most: float = FOREVER) -> list[Event]:
-        """Let everything happen that is due until `now`; return what leaves the worker, roughly in order of time.
-
-        At most `most` tokens leave at once; the others stay due, and `next_at` says so.
-        """
+    def advance(self, now: float) -> list[Event]:
+        """Let everything happen that is due until `now`; return what other workers have to know. `tokens` gives the tokens."""
         self._catch_up(now)
-        while self._tokens and self._tokens[0].at <= now and len(self._out) < most:
-            self._out.append(self._tokens.popleft())
         out, self._out = self._out, []
+        return out
+
+    def tokens(self, now: float, most: float = FOREVER) -> list[Token]:
+        """Return the tokens that reach their clients until `now`, in order of time, after `advance(now)`.
+
+        At most `most` leave at once; the others stay due, and `next_at` says so.
+        """
+        due = self._tokens
+        out: list[Token] = []
+        while due and due[0][0] <= now and len(out) < most:
+            out.append(due.popleft())
         return out
 
     @property
@@ -227,7 +236,7 @@ class Worker:
         if self._out:
             return -FOREVER
         one = self._events[0][0] if self._events else FOREVER
-        return min(one, self._tokens[0].at) if self._tokens else one
+        return min(one, self._tokens[0][0]) if self._tokens else one
 
     @property
     def idle(self) -> bool:
@@ -290,7 +299,7 @@ class Worker:
         if self._frontend_token:
             self._frontend_free = max(self._frontend_free, at) + self._frontend_token
             at = self._frontend_free
-        self._tokens.append(Event(at, "token", request, index))
+        self._tokens.append((at, request, index))
 
     def _finish(self, request: Request) -> None:
         self._set(request, "done")
@@ -509,7 +518,7 @@ class Worker:
     def _sent(self, now: float, request: Request, took: float) -> None:
         if request.state == "done":
             return
-        self._out.append(Event(now, "sent", request, 0, took))
+        self._out.append(Event(now, "sent", request, took))
         while request.generated < request.output_tokens:  # a prefill worker answers with its one token
             self._emit(now, request)
         self._finish(request)
