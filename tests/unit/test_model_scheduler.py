@@ -56,7 +56,7 @@ def run_alone(worker: Worker, requests: list[Request], until: float = 1e9) -> li
     return due
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(loads, ratios, st.sampled_from([TINY, H200]))
 def test_every_request_gets_all_its_tokens_and_leaves_nothing_behind(
     load: list[tuple[tuple[int, int], float]], ratio: tuple[int, int, int], figures: Profile
@@ -68,7 +68,7 @@ def test_every_request_gets_all_its_tokens_and_leaves_nothing_behind(
         assert worker.used == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(loads, ratios, st.integers(3100, 9000), st.integers(64, 4096), st.integers(1, 20))
 def test_memory_is_never_overdrawn_and_nobody_waits_for_ever(
     load: list[tuple[tuple[int, int], float]], ratio: tuple[int, int, int], capacity: int, chunk: int, most: int
@@ -87,7 +87,7 @@ def test_memory_is_never_overdrawn_and_nobody_waits_for_ever(
     assert all(worker.idle and worker.used == 0 for worker in workers)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(loads, st.integers(3100, 9000), st.lists(st.floats(0, 0.2), min_size=5, max_size=40))
 def test_a_driver_that_wakes_up_late_gets_the_same_schedule(
     load: list[tuple[tuple[int, int], float]], capacity: int, naps: list[float]
@@ -107,7 +107,7 @@ def test_a_driver_that_wakes_up_late_gets_the_same_schedule(
     assert times(accumulate(cycle([0.0007]))) == times(accumulate(cycle([*naps, 0.01])))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(loads, ratios, st.integers(3100, 20000), st.randoms(use_true_random=False))
 def test_what_is_aborted_anywhere_gives_everything_back(
     load: list[tuple[tuple[int, int], float]], ratio: tuple[int, int, int], capacity: int, chance: random.Random
@@ -149,7 +149,7 @@ def test_what_is_aborted_anywhere_gives_everything_back(
 @pytest.mark.parametrize("resource", ["compute", "memory bandwidth", "link", "front end", "kv memory", "slots", "worker"])
 def test_throughput_never_rises_when_a_resource_shrinks(figures: Profile, ratio: tuple[int, int, int], resource: str) -> None:
     chance = random.Random(f"{ratio}{resource}")
-    load = [Prompt(chance.randint(64, 2000), chance.randint(16, 128)) for _ in range(200)]
+    load = [Prompt(chance.randint(64, 2000), chance.randint(16, 128)) for _ in range(100)]
     own, engine, gpu = replace(BIG, capacity=60000), figures.engine, figures.gpu
 
     def rate(share: float) -> float:
