@@ -28,7 +28,7 @@ from pdbench.metrics import ttft_s
 from pdbench.records import MEASURE, read_parquet
 from pdbench.run.asks import ask
 
-ISL, OSL, REQUESTS, SLOTS, SEED = 64, 16, 120, 12, 7
+ISL, OSL, REQUESTS, SLOTS, SEED = 64, 16, 72, 12, 7
 #: A machine that runs other tests too may be late; only one test here is about that.
 PATIENT = ("--max-loop-lag-ms", "5000", "--max-lateness-ms", "5000", "--min-delivered", "0")
 CLOSED = ("--concurrency", str(SLOTS), "--num-requests", str(REQUESTS))
