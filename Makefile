@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-lab | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
 
-.PHONY: setup setup-dev demo test test-real tiny-model lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-lab bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -42,6 +42,25 @@ test-real: setup-dev tiny-model
 	@tools/real_packages.sh
 	$(BIN)/pytest tests/real -o timeout=900
 
+# Real systemd hosts on this machine, over SSH (root; skipped with the reason elsewhere): docs/reliability.md
+LAB := PYTHONPATH=tests $(BIN)/python -m lab
+
+test-lab: setup-dev lab-deps
+	$(BIN)/pytest tests/lab -o timeout=900
+
+lab-deps: setup
+	@$(LAB) deps
+
+# What deploy, no-op and ratio change cost on 4, 16 and 48 hosts: docs/results/deploy-scale.md
+bench-deploy: setup-dev lab-deps
+	$(LAB).scale $(N)
+
+lab-up: lab-deps
+	@$(LAB) up $(or $(N),4)
+
+lab-status lab-down: setup
+	@$(LAB) $(@:lab-%=%)
+
 # The model of inventory/local-sglang: random weights, a tokenizer trained here; nothing is downloaded but two packages.
 tiny-model: .pd/tiny-model/config.json
 
@@ -59,6 +78,7 @@ flags: setup-dev
 
 docs: setup
 	$(BIN)/python tools/docs_variables.py
+	$(BIN)/python tools/docs_validity.py
 
 clean:
 	rm -rf .pd results .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible

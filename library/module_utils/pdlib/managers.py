@@ -253,6 +253,8 @@ class Systemd:
         """Start units; do not wait."""
         if not names:
             return
+        # A deploy that was cut short may have written files that systemd has not read yet.
+        self.reload()
         self._systemctl("reset-failed", *(f"{name}.service" for name in names))
         self._systemctl("start", "--no-block", "pd.target", *(f"{name}.service" for name in names))
 
