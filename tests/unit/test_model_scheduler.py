@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate, cycle, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdbench.model import profile
@@ -70,6 +70,7 @@ def test_every_request_gets_all_its_tokens_and_leaves_nothing_behind(
 
 @settings(max_examples=30, deadline=None)
 @given(loads, ratios, st.integers(3100, 9000), st.integers(64, 4096), st.integers(1, 20))
+@example([((1, 1), 0.0), ((1, 1), 0.0)], (1, 1, 0), 3100, 64, 1)
 def test_memory_is_never_overdrawn_and_nobody_waits_for_ever(
     load: list[tuple[tuple[int, int], float]], ratio: tuple[int, int, int], capacity: int, chunk: int, most: int
 ) -> None:

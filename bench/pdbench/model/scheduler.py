@@ -356,7 +356,8 @@ class Worker:
     def _next(self, now: float) -> None:
         """Choose the next step, as SGLang's event loops do: what is ready joins, then prefill, then decode."""
         self._preallocate(now)
-        self._join(now)
+        while self._join(now):
+            self._preallocate(now)
         chunks = self._choose_prefill()
         if chunks:
             return self._start_prefill(now, chunks)
@@ -407,16 +408,22 @@ class Worker:
             self._ready.append(request)
             self._kick(now)
 
-    def _join(self, now: float) -> None:
-        """Decode: requests whose KV is there join the batch; their first token was made by the prefill worker."""
+    def _join(self, now: float) -> bool:
+        """Decode: requests whose KV is there join the batch; their first token was made by the prefill worker.
+
+        Returns whether some were done with that token, and left room for others.
+        """
+        left = False
         while self._ready and len(self._running) < self.limits.max_running:
             request = self._ready.popleft()
             if not request.generated:
                 self._emit(now, request)
             if request.generated >= request.output_tokens:
                 self._finish(request)
+                left = True
             else:
                 self._start_running(request)
+        return left
 
     def _start_running(self, request: Request) -> None:
         self._set(request, "running")
