@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-lab | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-vllm | test-lab | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
 
-.PHONY: setup setup-dev demo test test-real test-lab bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-vllm test-lab bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -41,6 +41,10 @@ test: lint
 test-real: setup-dev tiny-model
 	@tools/real_packages.sh
 	$(BIN)/pytest tests/real -o timeout=900
+
+# Real vLLM on this machine's CPU: 3.5 GB and some minutes more, so a target of its own
+test-vllm: setup-dev tiny-model
+	PD_TEST_VLLM=1 $(BIN)/pytest tests/real/test_local_vllm.py -o timeout=1500
 
 # Real systemd hosts on this machine, over SSH (root; skipped with the reason elsewhere): docs/reliability.md
 LAB := PYTHONPATH=tests $(BIN)/python -m lab

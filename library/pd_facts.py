@@ -11,6 +11,7 @@ options:
   accelerators: {description: Look for GPUs and RDMA devices., type: bool, default: true}
   python: {description: "Python that makes the virtualenvs; empty: the one that runs this module.", type: str, default: ""}
   install_dir: {description: Where virtualenvs would be., type: str, default: ""}
+  model: {description: "A path of which C(found.model) says whether it is there; anything else is not looked for.", type: str, default: ""}
 attributes:
   check_mode: {support: full, description: Reads only.}
   diff_mode: {support: none, description: Reads only.}
@@ -44,12 +45,13 @@ def main() -> None:
             "accelerators": {"type": "bool", "default": True},
             "python": {"type": "str", "default": ""},
             "install_dir": {"type": "str", "default": ""},
+            "model": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
     p = module.params
     try:
-        found = facts.gather(p["accelerators"], p["python"])
+        found = facts.gather(p["accelerators"], p["python"], p["model"])
         stamps = facts.installed(p["install_dir"]) if p["install_dir"] else {}
     except UserError as error:
         module.fail_json(msg=str(error))

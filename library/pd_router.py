@@ -9,7 +9,7 @@ short_description: Make the running router know exactly the plan's workers, and 
 description:
   - C(remove) takes workers out that are about to stop. C(converge) adds what is missing and waits until the router counts
     every worker as healthy; then one request goes over every prefill-decode pair, to both ends directly.
-  - The router is never restarted for a change of members.
+  - A router is not restarted for a change of members, unless it takes them only at its start (plan.router.membership).
 options:
   action: {description: What to do., type: str, choices: [remove, converge], required: true}
   plan: {description: The plan., type: dict, required: true}
@@ -63,7 +63,7 @@ def main() -> None:
     key_file = Path(p["state_dir"]) / "secrets" / "api_key"
     # What the running router was started with; a key that goes is still needed until the units have changed.
     key = key_file.read_text().strip() if key_file.exists() else None
-    router = gateway.Gateway(plan["router"]["url"], key)
+    router = gateway.Gateway(plan["router"]["url"], key, plan["router"])
     wanted = gateway.wanted_members(plan)
     pairs = []
     try:

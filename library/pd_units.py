@@ -77,7 +77,8 @@ def main() -> None:
                 p["state_dir"], p["install_dir"], [p["service_manager"]], p["purge"], module.check_mode
             )
         else:
-            launcher = "".join(base64.b64decode(text).decode() for text in p["files"].values())
+            files = {name.rpartition("/")[2]: base64.b64decode(data).decode() for name, data in p["files"].items()}
+            launcher = files.pop("with_api_key.py", "")
             reconciler = reconcile.Reconciler(
                 p["state_dir"],
                 p["install_dir"],
@@ -88,6 +89,7 @@ def main() -> None:
                 p["api_key"],
                 launcher,
                 p["service_user"],
+                files,
             )
             outcome = reconciler.step(p["resumed"])
     except UserError as error:

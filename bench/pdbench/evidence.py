@@ -195,7 +195,7 @@ class Evidence:
         return {"workers": listed or [], "readiness": readiness or {}, "error": errors}
 
     async def _worker(self, url: str) -> dict[str, object]:
-        info, text, errors = await self._both(f"{url}/server_info", f"{url}/metrics", json.loads, str)
+        info, text, errors = await self._both(url + self._deployment.engine.info, f"{url}/metrics", json.loads, str)
         chosen = {key: info[key] for key in _INFO if key in info} if isinstance(info, dict) else {}
         metrics = await self._parse(text) if isinstance(text, str) else {}
         return {"url": url, "server_info": chosen, "metrics": metrics, "error": errors}

@@ -109,6 +109,7 @@ class ActionModule(ActionBase):
                 # The controller's copy may be out of date: what is wrong without it is wrong, all else is for the second
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
+            self._check_files(made)
             if verb == "bench":
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
             facts["pd_plan"] = made
@@ -123,6 +124,23 @@ class ActionModule(ActionBase):
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result
+
+    @staticmethod
+    def _check_files(made: dict[str, Any]) -> None:
+        """Refuse engine files that cannot be shipped: modules take them as text."""
+        for host, entry in made["hosts"].items():
+            names = [Path(file).name for file in entry["files"]]
+            for file in entry["files"]:
+                if names.count(Path(file).name) > 1:
+                    raise UserError(f"host {host}: engine_files has two files of the name {Path(file).name}")
+                try:
+                    (ROOT / file).read_text(encoding="utf-8")
+                except UnicodeDecodeError:
+                    raise UserError(f"host {host}: engine_files has {file}, which is not text: give the engine JSON") from None
+                except OSError as error:
+                    raise UserError(
+                        f"host {host}: engine_files has {file}: {error.strerror} (relative to the checkout)"
+                    ) from None
 
     @staticmethod
     def _common(cluster: dict[str, Any]) -> dict[str, Any]:

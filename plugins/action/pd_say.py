@@ -24,6 +24,10 @@ NEXT = {
 }
 
 
+#: What roles register, in the order in which it happens.
+STEPS = ("__pd_runtime", "__pd_installed", "__pd_model", "__pd_copied", "__pd_units")
+
+
 class ActionModule(ActionBase):
     """`pd_say: {verb: deploy}`; documented in library/pd_say.py."""
 
@@ -36,7 +40,7 @@ class ActionModule(ActionBase):
         planned = variables["__pd_planned"]
         rows = []
         for host in variables["ansible_play_hosts_all"]:
-            steps = [variables["hostvars"][host].get(name, {}) for name in ("__pd_installed", "__pd_units")]
+            steps = [variables["hostvars"][host].get(name, {}) for name in STEPS]
             changes = [change for step in steps for change in step.get("changes") or []]
             took = sum(step.get("seconds") or 0.0 for step in steps)
             rows.append([host, tables.grouped(changes) or "nothing to do", tables.duration(took) if took >= 0.05 else ""])

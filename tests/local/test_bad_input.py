@@ -33,6 +33,21 @@ CASES = {
         "port is set by the plan",
         "worker_port_base",
     ),
+    "no such engine file": (
+        ["-e", '{"engine_files": ["no/experts.json"]}'],
+        "engine_files has no/experts.json: No such file",
+        "checkout",
+    ),
+    "router without the engine": (
+        ["-e", "engine=vllm", "-e", "model=m"],
+        "router=sglang-router cannot route for engine vllm",
+        "smg or vllm-router",
+    ),
+    "policy whose endpoint is gone": (
+        ["-e", "engine=sglang", "-e", "model=m", "-e", "router_policy=power_of_two"],
+        "/get_load, which sglang 0.5.23 does not have",
+        "router=smg",
+    ),
     "no model": (["-e", "engine=sglang", "-e", "model="], "model is not set", "-e model="),
     "unknown choice": (["-e", "router_policy=rond_robin"], "router_policy='rond_robin'", "round_robin"),
 }

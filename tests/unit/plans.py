@@ -53,15 +53,20 @@ def inputs(
     *,
     prefill: Sequence[str] | None = None,
     decode: Sequence[str] | None = None,
-    router: Sequence[str] | None = None,
+    router: Sequence[str] | str | None = None,
     clients: Sequence[str] = (),
     limit: Iterable[str] | None = None,
     current: Json | None = None,
     discovered: Mapping[str, Mapping[str, Any]] | None = None,
     **everywhere: Any,
 ) -> Inputs:
-    """Inputs of a plan; every host is in both worker groups and the first one is the router, unless told otherwise."""
+    """Inputs of a plan; every host is in both worker groups and the first one is the router, unless told otherwise.
+
+    ``router``: the group's hosts; a word is the variable of that name.
+    """
     names = list(hosts)
+    if isinstance(router, str):
+        everywhere, router = {**everywhere, "router": router}, None
     for_all = {"engine": "emulated", "ratio": ratio, **everywhere}
     by_host = {name: settings.host_settings(name, {**for_all, **own}, for_all) for name, own in hosts.items()}
     groups = {

@@ -101,6 +101,7 @@ def test_help_is_one_short_sentence() -> None:
 def test_an_engine_is_read_without_what_it_imports(tmp_path: Path) -> None:
     package = tmp_path / "sglang" / "srt"
     package.mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").write_text("import transformers\n")
     (package / "broken.py").write_text("import torch\nraise RuntimeError('no GPU')\n")
     (package / "server_args.py").write_text(
         "import torch, triton.language as tl\n"
@@ -109,7 +110,9 @@ def test_an_engine_is_read_without_what_it_imports(tmp_path: Path) -> None:
         "class ServerArgs:\n    @staticmethod\n    def add_cli_args(parser):\n"
         "        parser.add_argument('--page-size', type=int, default=1, help='Pages.')\n"
     )
-    done = subprocess.run([sys.executable, str(TOOL), str(tmp_path), "0.5.17"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "sglang", str(tmp_path), "0.5.17"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     assert (table["engine"], table["version"]) == ("sglang", "0.5.17")
@@ -117,7 +120,10 @@ def test_an_engine_is_read_without_what_it_imports(tmp_path: Path) -> None:
     assert "--enable-deepep-moe" in table["removed"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--all", "folder", "1"], ["folder"], ["no-such-folder", "0.5.23"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--all", "sglang", "folder", "1"], ["vllm", "folder"], ["sglang", "no-such-folder", "0.5.23"], ["trt", ".", "1"]],
+)
 def test_wrong_arguments(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -125,14 +131,25 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("version", sorted(flag_table.SGLANG))
-def test_tables_hold_each_spelling_once(version: str) -> None:
-    raw = json.loads((flag_table.TABLES / f"sglang-{version}.json").read_text())
+@pytest.mark.parametrize(
+    ("engine", "version"), [(engine, version) for engine, source in flag_table.SOURCES.items() for version in source.versions]
+)
+def test_tables_hold_each_spelling_once(engine: str, version: str) -> None:
+    path = flag_table.TABLES / f"{engine}-{version}.json"
+    raw = json.loads(path.read_text())
+    assert (raw["engine"], raw["version"]) == (engine, version)
     spellings = [option for each in raw["flags"] for option in (each["flag"], *each["aliases"])]
     assert len(spellings) == len(set(spellings)) > 400
     assert not set(spellings) & set(raw["removed"])
     assert {each["type"] for each in raw["flags"]} <= {"bool", "int", "float", "str", "json"}
-    assert (flag_table.TABLES / f"sglang-{version}.json").read_text().count("\n{") == len(raw["flags"])
+    assert path.read_text().count("\n{") == len(raw["flags"])
+
+
+def test_a_switch_that_turns_off_is_no_alias_of_what_turns_on() -> None:
+    for version, negation in (("0.33.0", "disable-prefix-caching"), ("0.32.0", "no-enable-prefix-caching")):
+        table = flags.load("vllm", version)
+        assert {"enable-prefix-caching", negation} <= set(table.flags)
+        assert list(flags.canonical(table, {negation: True}, "engine_args", {})) == [negation]
 
 
 @pytest.mark.parametrize(

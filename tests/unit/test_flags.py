@@ -128,7 +128,8 @@ def test_shipped_tables_have_what_the_plan_sets(path: Path) -> None:
     for role in ("prefill", "decode", "aggregated"):
         context = engines.WorkerContext(
             role=role, python="p", state_dir="s", model="m", served_model_name="n", listen="127.0.0.1", port=1,
-            bootstrap_port=2 if role == "prefill" else None, tensor_parallel_size=2, nodes=2, node_rank=1, dist_init="a:1",
+            bootstrap_port=2 if role == "prefill" else None, side_channel_port=3, cache_dir="/c",
+            tensor_parallel_size=2, nodes=2, node_rank=1, dist_init="a:1",
             transfer_backend="mooncake", node="n", rdma_fabric="roce", rdma_devices=["mlx5_0"], tcp_device="eth0", gpus=[0],
             mem_fraction=0.5, profile="tiny", api_key=True, address="127.0.0.1",
         )  # fmt: skip

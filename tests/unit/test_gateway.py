@@ -17,6 +17,7 @@ from unit.plans import host, plan
 from pdlib import gateway
 from pdlib.errors import UserError
 from pdlib.gateway import Gateway, Member, difference, known_members, wanted_members
+from pdlib.reconcile import Outcome
 
 ROLES = ("prefill", "decode", "regular")
 MEMBERS = st.builds(
@@ -70,6 +71,7 @@ class FakeRouter:
         self.rows: dict[str, dict[str, Any]] = {}
         self.pending: list[tuple[int, str, Any]] = []
         self.delay, self.count, self.key = 2, 0, ""
+        self.linger, self.registered, self.keeps_cache = 0, list[dict[str, Any]](), True
         self.deaf_to_delete, self.sick, self.ready = False, set[str](), True
         self.calls: list[tuple[str, str]] = []
         self.answers: dict[str, tuple[int, str]] = {}
@@ -117,6 +119,8 @@ class FakeRouter:
     def _settle(self) -> None:
         self.pending = [(left - 1, what, value) for left, what, value in self.pending]
         for left, what, value in list(self.pending):
+            if what == "remove" and value in self.rows and self.linger:
+                self.rows[value].update(status="draining", is_healthy=False)
             if left <= 0:
                 self.pending.remove((left, what, value))
                 if what == "add":
@@ -129,18 +133,29 @@ class FakeRouter:
             return self.answers[path]
         if (method, path) == ("GET", "/workers"):
             self._settle()
-            rows = [{**row, "is_healthy": row["url"] not in self.sick} for row in self.rows.values()]
+            rows = [{**row, "is_healthy": row["is_healthy"] and row["url"] not in self.sick} for row in self.rows.values()]
             return 200, json.dumps({"workers": rows})
         self.calls.append((method, path))
         if (method, path) == ("POST", "/workers"):
+            if body["url"] in {row["url"] for row in self.rows.values()}:
+                return 409, "WORKER_ALREADY_EXISTS"
+            self.registered.append(body)
             self.pending.append((self.delay, "add", Member(body["url"], body["worker_type"], body.get("bootstrap_port"))))
             return 202, "{}"
         if method == "DELETE":
             if not self.deaf_to_delete:
-                self.pending.append((self.delay, "remove", path.rpartition("/")[2]))
+                self.pending.append((self.delay + self.linger, "remove", path.rpartition("/")[2]))
             return 202, "{}"
         if path == "/readiness":
             return (200 if self.ready else 503), "{}"
+        if path == "/health":
+            return 200, "OK"
+        if path == "/v1/completions":
+            self.generated.append(body)
+            answer: dict[str, Any] = {"usage": {"completion_tokens": body["max_tokens"]}}
+            if self.keeps_cache and body.get("kv_transfer_params", {}).get("do_remote_decode"):
+                answer["kv_transfer_params"] = {"do_remote_prefill": True, "remote_engine_id": "e", "remote_block_ids": [1]}
+            return 200, json.dumps(answer)
         if path == "/generate":
             self.generated.append(body)
             return 200, json.dumps({"meta_info": {"completion_tokens": body["sampling_params"]["max_new_tokens"]}})
@@ -249,6 +264,50 @@ def test_a_router_that_does_not_let_go_is_an_error(router: FakeRouter) -> None:
         Gateway(router.url, None).remove_surplus([], False)
 
 
+def test_a_member_that_still_answers_is_waited_for_and_added_again_only_when_it_is_gone(router: FakeRouter) -> None:
+    """The one of smg: a deleted worker drains for seconds, and the same URL is refused meanwhile."""
+    for member in (P0, P1):
+        router.add(member)
+    router.linger = 20
+    steps: list[Outcome] = []
+    door, turned = Gateway(router.url, None), Member(P1.url, "decode")
+    while len(steps) < 10 and not (steps and steps[-1].done):
+        steps.append(door.remove_surplus([P0, turned], False))
+    assert len(steps) > 1, "one step is shorter than the drain"
+    assert [step.changed for step in steps] == [[f"removed prefill {P1.url} from the router"]] + [[]] * (len(steps) - 1)
+    assert steps[0].message == f"the router waits for the last answers of {P1.url}"
+    steps = [door.converge([P0, turned], False, True)]
+    assert steps[0].done, steps[0].message
+    assert router.members() == {P0, turned}
+    assert router.changes() == ["DELETE", "POST"], "no POST while it drained"
+
+
+def test_workers_are_registered_with_what_the_router_must_know_of_them(router: FakeRouter) -> None:
+    extra = {"runtime_type": "vllm", "kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    outcome = Gateway(router.url, None, {"membership": "workers", "registration": extra}).converge([D0, D1], False, False)
+    assert outcome.done, outcome.message
+    assert router.registered == [{"url": m.url, "worker_type": "decode", **extra} for m in (D0, D1)]
+
+
+def test_a_router_that_learns_its_members_at_its_start_is_only_waited_for(router: FakeRouter) -> None:
+    door = Gateway(router.url, None, {"membership": "restart"})
+    router.add(P0)
+    assert door.remove_surplus([D0], False).changed == []
+    outcome = door.converge([P0, D0], False, False)
+    assert not outcome.done
+    assert f"decode {D0.url}" in outcome.message
+    router.add(D0)
+    router.ready = False
+    assert not door.converge([P0, D0], False, True).done
+    router.ready = True
+    assert door.converge([P0, D0], False, True).done
+    router.answers = {"/workers": (404, ""), "/readiness": (404, "")}
+    assert door.converge([P0, D0], False, True).done, "one without either is asked for its health"
+    router.answers["/health"] = (503, "")
+    assert not door.converge([P0, D0], False, True).done
+    assert router.changes() == []
+
+
 def test_check_mode_says_and_does_nothing(router: FakeRouter) -> None:
     router.add(P0)
     door = Gateway(router.url, None)
@@ -325,6 +384,42 @@ def test_aggregated_workers_are_asked_alone(router: FakeRouter) -> None:
     rows = Gateway(router.url, None).probe_pairs(pairs_plan(router.url, aggregated=True), 10)
     assert [(r["prefill"], r["decode"], r["error"]) for r in rows] == [("", "a-0", "")]
     assert not any(name.startswith("bootstrap") for name in router.generated[0])
+
+
+def test_where_prefill_says_where_its_cache_lies_decode_is_told(router: FakeRouter) -> None:
+    made = {**pairs_plan(router.url), "pair_probe": "two-step", "served_model_name": "m"}
+    made["pairs"] = made["pairs"][:1]
+    (row,) = Gateway(router.url, None).probe_pairs(made, 10)
+    assert row["error"] == ""
+    alone, asked, told = router.generated
+    assert "kv_transfer_params" not in alone
+    assert alone["prompt"] != asked["prompt"], "the first must leave decode no cache of the second"
+    assert (asked["max_tokens"], asked["kv_transfer_params"]["do_remote_decode"]) == (1, True)
+    assert (told["max_tokens"], told["prompt"], told["kv_transfer_params"]["remote_engine_id"]) == (4, asked["prompt"], "e")
+    router.generated.clear()
+    alone_plan = {**made, **pairs_plan(router.url, aggregated=True)}
+    (row,) = Gateway(router.url, None).probe_pairs(alone_plan, 10)
+    assert (row["error"], len(router.generated)) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        ({"usage": {"completion_tokens": 9}}, "decode-0: answered, but not with the 4 tokens that were asked for"),
+        ({"choices": []}, "decode-0: answered, but not with the 4 tokens"),
+    ],
+)
+def test_what_decode_says_by_itself_is_told_before_the_transfer(router: FakeRouter, answer: Any, part: str) -> None:
+    router.answers["/v1/completions"] = (200, json.dumps(answer))
+    made = {**pairs_plan(router.url), "pair_probe": "two-step", "served_model_name": "m"}
+    assert all(row["error"].startswith(part) for row in Gateway(router.url, None).probe_pairs(made, 10))
+
+
+def test_a_prefill_that_keeps_no_cache_is_said(router: FakeRouter) -> None:
+    router.keeps_cache = False
+    made = {**pairs_plan(router.url), "pair_probe": "two-step", "served_model_name": "m"}
+    for row in Gateway(router.url, None).probe_pairs(made, 10):
+        assert row["error"].startswith(f"{row['prefill']}: answered without kv_transfer_params")
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def refusal(*args: Any, **options: Any) -> str:
         ({"router": []}, ["the group router has 0 hosts", "exactly one"]),
         ({"decode": []}, ["ratio 1p1d needs hosts in decode_nodes"]),
         ({"prefill": [], "decode": [], "ratio": "agg"}, ["prefill_nodes or decode_nodes"]),
-        ({"engine": "sglan"}, ["engine='sglan'", "one of sglang, emulated", "did you mean sglang?"]),
+        ({"engine": "sglan"}, ["engine='sglan'", "one of sglang, vllm, emulated", "did you mean sglang?"]),
         ({"engine": "sglang"}, ["model is not set", "-e model="]),
         ({"engine": "sglang", "model": "m", "engine_version": "0.5.2"}, ["engine_version='0.5.2'", "0.5.17, 0.5.23"]),
         ({"router_": "smgg"}, ["router='smgg'", "sglang-router"]),
@@ -434,12 +434,14 @@ def test_a_disagreement_is_refused_by_name(own: dict[str, Any], seen: Json, part
 
 def test_general_arguments_are_overlaid_by_the_roles_and_both_by_spelling() -> None:
     made = plan(
-        TWO, "1p1d", **REAL, engine_args={"page_size": 16, "device": "cuda"}, decode_engine_args={"page-size": 32},
+        TWO, "1p1d", **REAL, engine_args={"schedule_conservativeness": 1.5, "device": "cuda"},
+        decode_engine_args={"schedule-conservativeness": 2},
         engine_env={"A": 1, "B": "x"}, prefill_engine_env={"B": "y"},
     )  # fmt: skip
     prefill, decode = (w["ranks"][0] for w in made["workers"])
-    assert [r["argv"][r["argv"].index("--page-size") + 1] for r in (prefill, decode)] == ["16", "32"]
-    assert [r["argv"].count("--page-size") for r in (prefill, decode)] == [1, 1]
+    flag = "--schedule-conservativeness"
+    assert [r["argv"][r["argv"].index(flag) + 1] for r in (prefill, decode)] == ["1.5", "2"]
+    assert [r["argv"].count(flag) for r in (prefill, decode)] == [1, 1]
     assert (prefill["env"]["A"], prefill["env"]["B"], decode["env"]["B"]) == ("1", "y", "x")
 
 

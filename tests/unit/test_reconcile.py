@@ -72,8 +72,12 @@ def unit(name: str, *args: str, **more: Any) -> dict[str, Any]:
 A, B = unit("pd-prefill-0", "a"), unit("pd-decode-0", "b")
 
 
-def reconciler(home: Path, *wanted: dict[str, Any], check: bool = False, key: str | None = None) -> Reconciler:
-    return Reconciler(str(home), str(home / "i"), "supervisord", "1p1d", wanted, check, key, "print()" if key else "")
+def reconciler(
+    home: Path, *wanted: dict[str, Any], check: bool = False, key: str | None = None, shipped: dict[str, str] | None = None
+) -> Reconciler:
+    return Reconciler(
+        str(home), str(home / "i"), "supervisord", "1p1d", wanted, check, key, "print()" if key else "", shipped=shipped
+    )
 
 
 def step(home: Path, *wanted: dict[str, Any], resumed: bool = False, **options: Any) -> Outcome:
@@ -93,6 +97,18 @@ def test_a_first_step_writes_and_starts_and_a_second_changes_nothing(home: Path)
     second = step(home, A, B)
     assert (second.done, second.changed, second.diff, CALLS) == (True, [], [], [])
     assert (snapshot(home), UNITS) == (before, running)
+
+
+def test_a_shipped_file_is_there_first_and_restarts_what_names_it(home: Path) -> None:
+    named = unit("pd-prefill-0", "--init-expert-location", str(home / "files" / "experts.json"))
+    first = step(home, named, B, shipped={"experts.json": "[1]"})
+    assert "wrote files/experts.json" in first.changed
+    assert (home / "files" / "experts.json").read_text() == "[1]"
+    assert step(home, named, B, shipped={"experts.json": "[1]"}).changed == []
+    outcome = step(home, named, B, shipped={"experts.json": "[2]"})
+    assert outcome.changed == ["restarted pd-prefill-0", "wrote files/experts.json"]
+    assert CALLS == ["stop pd-prefill-0", "start pd-prefill-0"]
+    assert (home / "files" / "experts.json").read_text() == "[2]"
 
 
 def test_only_the_unit_that_changed_is_restarted(home: Path) -> None:

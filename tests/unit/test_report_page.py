@@ -93,6 +93,17 @@ def test_a_valid_run_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_that_was_cut_down_is_said(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    assert "not whole" not in report(run, tmp_path / "whole").said
+    run.plan["truncated"] = "json-model-override-args cuts the model down to 20 layers"
+    said = report(run, tmp_path / "cut").said
+    assert (
+        "The model is not whole: json-model-override-args cuts the model down to 20 layers. Nothing here holds for Qwen" in said
+    )
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_tables_hold_the_figures_of_the_summary(tmp_path: Path) -> None:
     page = report(good(concurrency=(4,)), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -88,7 +88,7 @@ def test_typed_values(name: str, value: Any, wanted: Any) -> None:
         ("model", ["a"], "expected text"),
         ("router_policy", "rond_robin", "did you mean round_robin?"),
         ("rdma_fabric", "IB", "one of infiniband, roce, none, auto"),
-        ("runtime", "docker", "one of venv, existing"),
+        ("runtime", "dokcer", "did you mean docker?"),
         ("bench_concurrency", "", "not none at all"),
         ("state_dir", "pd", "expected an absolute path"),
         ("install_dir", "~/pd", "expected an absolute path"),

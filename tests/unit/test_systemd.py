@@ -74,6 +74,7 @@ def test_all_units_are_stopped_and_started_in_one_call(host: Path) -> None:
     manager.start(["pd-a", "pd-b"])
     assert asked(host) == [
         "stop --no-block pd-a.service pd-b.service",
+        "daemon-reload",  # a deploy that was cut short may have left files that systemd has not read
         "reset-failed pd-a.service pd-b.service",
         "start --no-block pd.target pd-a.service pd-b.service",
     ]

@@ -67,6 +67,11 @@ def remove(name: str) -> str:
     return f"removed user {name}"
 
 
+def group_of(name: str) -> int:
+    """Return the account's own group."""
+    return pwd.getpwnam(name).pw_gid
+
+
 def own(path: Path, name: str) -> None:
     """Give a file or folder (not what is in it) to the account, where it is not its own yet."""
     entry = pwd.getpwnam(name)

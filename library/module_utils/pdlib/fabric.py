@@ -44,7 +44,8 @@ def choose_backend(
     if fabrics == {"none"}:
         return "nixl", "no RDMA fabric: TCP"
     if len(fabrics) == 1 and all(links[host].devices for host in hosts):
-        return "mooncake", f"all hosts are on one RDMA fabric ({fabrics.pop()})"
+        best = "mooncake" if "mooncake" in available else "nixl"
+        return best, f"all hosts are on one RDMA fabric ({fabrics.pop()})"
     if len(fabrics) == 1:
         without = [host for host in hosts if not links[host].devices]
         return "nixl", f"no usable RDMA device on {listing(without)}: TCP"

@@ -104,14 +104,25 @@ def python(path: str) -> Json:
         raise UserError(f"venv_python={path}: there is no such Python on the host") from None
 
 
+def newer_pythons() -> List[str]:
+    """Return other Pythons in the PATH that our virtualenvs can be made with, newest first."""
+    found = [shutil.which(f"python3.{minor}") for minor in (13, 12, 11)]
+    return [path for path in found if path]
+
+
 def installed(install_dir: str) -> Dict[str, str]:
     """Return the stamps of the virtualenvs that are there, by name."""
     return {path.parent.name: path.read_text() for path in sorted(Path(install_dir).glob("*/.pd-stamp"))}
 
 
-def gather(accelerators: bool, python_path: str = "") -> Json:
-    """Return the facts that the plan reads; GPUs and RDMA devices only where the engine uses real ones."""
-    found: Json = {"service_manager": service_manager(), "python": python(python_path)}
+def gather(accelerators: bool, python_path: str = "", model: str = "") -> Json:
+    """Return the facts that the plan reads; GPUs and RDMA devices only where the engine uses real ones.
+
+    ``model``: a path of which is said whether it is there ("": it is not looked for).
+    """
+    found: Json = {"service_manager": service_manager(), "python": {**python(python_path), "others": newer_pythons()}}
+    if model.startswith("/"):
+        found["model"] = Path(model).exists()
     known = addresses()
     if known:
         found["addresses"] = known

@@ -80,6 +80,16 @@ def canonical(table: FlagTable, args: Mapping[str, Any], where: str, owned: Mapp
     return result
 
 
+def overlaid(ours: Mapping[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return ``ours`` with ``given`` over it; where both have a mapping, key by key."""
+    both = {name: {**ours[name], **value} for name, value in given.items() if _both_mappings(ours.get(name), value)}
+    return {**ours, **given, **both}
+
+
+def _both_mappings(one: Any, other: Any) -> bool:
+    return isinstance(one, Mapping) and isinstance(other, Mapping)
+
+
 def argv(args: Mapping[str, Any]) -> List[str]:
     """Return command-line items: ``--flag value``, a switch alone when true, nothing when false or null."""
     items: List[str] = []

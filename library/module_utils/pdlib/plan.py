@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, flags
+from . import engines, flags, provision, routers, runtimes
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import Link, choose_backend, expected_transport
@@ -16,6 +16,8 @@ GROUPS = ("prefill_nodes", "decode_nodes", "router", "bench_clients")
 ROLE_GROUPS = {"prefill": ("prefill_nodes",), "decode": ("decode_nodes",), "aggregated": ("prefill_nodes", "decode_nodes")}
 #: Workers keep their ports while these lie within this many of the base.
 _PORT_SPAN = 1000
+#: kind of port -> the variable that has the first of them
+_BASES = {"port": "worker_port_base", "bootstrap_port": "bootstrap_port_base", "side_channel_port": "side_channel_port_base"}
 
 Json = Dict[str, Any]
 
@@ -57,7 +59,8 @@ class Planner:
         check_groups(inputs.groups, self.ratio)
         self.engine = engines.engine(self.cluster["engine"])
         self.version = self._engine_version()
-        self.router = engines.router(self.cluster["router"])
+        self.router = routers.router(self.cluster["router"])
+        routers.check(self.router, self.engine, self.version, self.cluster, self.ratio.disaggregated)
         if self.engine.needs_model and not self.cluster["model"]:
             raise UserError(
                 f"model is not set: engine {self.engine.name} needs a path or hub name, such as -e model=Qwen/Qwen2.5-3B-Instruct"
@@ -176,7 +179,7 @@ class Planner:
 
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use real accelerators, so that these are looked for on it."""
-        on_cpu = any(self._engine_args(name, role).get("device") == "cpu" for role in ("prefill", "decode", "aggregated"))
+        on_cpu = any(self._on_cpu(name, role) for role in ("prefill", "decode", "aggregated"))
         return not self.engine.emulated and not on_cpu and name in self.worker_hosts
 
     def left_to_discover(self) -> List[str]:
@@ -287,9 +290,7 @@ class Planner:
         result: Dict[str, Dict[str, int]] = {worker.name: {} for worker in placed}
         wanted: List[Tuple[Placed, str, int]] = []
         for worker in placed:
-            kinds = {"port": self.cluster["worker_port_base"]}
-            if worker.role == "prefill":
-                kinds["bootstrap_port"] = self.cluster["bootstrap_port_base"]
+            kinds = {kind: self.cluster[f"{_BASES[kind]}"] for kind in ("port", *self.engine.ports.get(worker.role, ()))}
             if len(worker.ranks) > 1:
                 kinds["dist_init_port"] = self.cluster["dist_init_port_base"]
             kept = self._kept(worker.name)
@@ -297,39 +298,55 @@ class Planner:
             taken = [used.setdefault(addresses[host], set()) for host, _ in worker.ranks]
             for kind, base in kinds.items():
                 old = kept["ranks"][0].get(kind) if kept and same else None
-                if old and base <= old < base + _PORT_SPAN and not any(old in ports for ports in taken):
+                if old and base <= old < base + _PORT_SPAN and not any(ports & self._run(worker, kind, old) for ports in taken):
                     result[worker.name][kind] = old
                     for ports in taken:
-                        ports.add(old)
+                        ports |= self._run(worker, kind, old)
                 else:
                     wanted.append((worker, kind, base))
         for worker, kind, base in wanted:
             taken = [used.setdefault(addresses[host], set()) for host, _ in worker.ranks]
-            port = next((p for p in range(base, 65536) if not any(p in ports for ports in taken)), None)
+            port = next((p for p in range(base, 65536) if not any(ports & self._run(worker, kind, p) for ports in taken)), None)
             if port is None:
                 raise UserError(f"no port is left from {base} on for {worker.name} on {worker.ranks[0][0]}")
             result[worker.name][kind] = port
             for ports in taken:
-                ports.add(port)
+                ports |= self._run(worker, kind, port)
         return result
+
+    def _run(self, worker: Placed, kind: str, first: int) -> Set[int]:
+        """The ports that a worker takes from ``first`` on: one, or one for each of its data-parallel replicas."""
+        args = self._engine_args(worker.ranks[0][0], worker.role) if kind == "side_channel_port" else {}
+        return set(range(first, first + (self.engine.side_channels(args) if args else 1)))
 
     # -- processes
 
     def _engine_args(self, host: str, role: str) -> Json:
-        """The user's flags for one rank: general ones, overlaid by the role's."""
+        """The user's flags for one rank: general ones, overlaid by the role's; the name of a shipped file is its path."""
         settings, result = self.inputs.hosts[host], {}
+        shipped = {file.rpartition("/")[2]: f"{settings['state_dir']}/files" for file in map(str, settings["engine_files"])}
         for name in ("engine_args", f"{role}_engine_args"):
             where = f"{name} (host {host})"
             result.update(flags.canonical(self.table, settings.get(name) or {}, where, self.engine.owned))
+        return {name: f"{shipped[value]}/{value}" if str(value) in shipped else value for name, value in result.items()}
+
+    def _engine_env(self, host: str, role: str) -> Dict[str, str]:
+        """The user's environment for one rank: the general one, overlaid by the role's."""
+        result: Dict[str, str] = {}
+        for name in ("engine_env", f"{role}_engine_env"):
+            result.update({key: str(value) for key, value in (self.inputs.hosts[host].get(name) or {}).items()})
         return result
+
+    def _on_cpu(self, host: str, role: str) -> bool:
+        return self.engine.on_cpu(self._engine_args(host, role), self._engine_env(host, role))
+
+    def _given(self, placed: Sequence[Placed]) -> List[Tuple[str, str, Json]]:
+        """(worker, host, the user's flags) of every rank."""
+        return [(w.name, host, self._engine_args(host, w.role)) for w in placed for host, _ in w.ranks]
 
     def _python(self, host: str) -> str:
         settings = self.inputs.hosts[host]
-        if settings["runtime"] == "existing":
-            if not settings["engine_python"]:
-                raise UserError(f"host {host}: runtime is existing, so engine_python must name the Python that has the engine")
-            return str(settings["engine_python"])
-        return f"{settings['install_dir']}/{self.engine.name}-{self.version}/bin/python"
+        return provision.engine_python(host, settings, f"{settings['install_dir']}/{self.engine.name}-{self.version}")
 
     def _rank(
         self,
@@ -343,26 +360,30 @@ class Planner:
         host, gpus = worker.ranks[index]
         settings = self.inputs.hosts[host]
         listen = settings["listen_address"] or addresses[host]
+        in_container = settings["runtime"] in runtimes.CONTAINERS
         context = engines.WorkerContext(
-            role=worker.role, python=self._python(host), state_dir=settings["state_dir"], model=self.model,
+            role=worker.role, python=self._python(host), state_dir=settings["state_dir"],
+            model=provision.model_on(settings, self.cluster, self.model),
             served_model_name=self.cluster["served_model_name"] or self.model, listen=listen, port=ports["port"],
-            bootstrap_port=ports.get("bootstrap_port"), tensor_parallel_size=self.shape[worker.role].gpus,
-            nodes=len(worker.ranks), node_rank=index,
+            bootstrap_port=ports.get("bootstrap_port"), side_channel_port=ports.get("side_channel_port"),
+            tensor_parallel_size=self.shape[worker.role].gpus, nodes=len(worker.ranks), node_rank=index,
             dist_init=f"{addresses[worker.ranks[0][0]]}:{ports.get('dist_init_port', 0)}", transfer_backend=backend,
             node=host, rdma_fabric=links[host].fabric if links[host].devices else "none",
-            rdma_devices=links[host].devices, tcp_device=settings["tcp_device"], gpus=gpus,
+            rdma_devices=links[host].devices, tcp_device=settings["tcp_device"],
+            gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
-            api_key=self.cluster["api_key"] is not None, address=addresses[host],
+            api_key=self.cluster["api_key"] is not None, address=addresses[host], cache_dir=settings["cache_dir"],
         )  # fmt: skip
-        given = {**self.engine.flags(context), **self._engine_args(host, worker.role)}
-        env = {**self.engine.env(context)}
-        for name in ("engine_env", f"{worker.role}_engine_env"):
-            env.update({key: str(value) for key, value in (settings.get(name) or {}).items()})
+        given = flags.overlaid(self.engine.flags(context), self._engine_args(host, worker.role))
+        env = {**self.engine.env(context), **self._engine_env(host, worker.role)}
         rank = {
             "host": host, "node_rank": index, "gpus": list(gpus), "unit": f"pd-{worker.name}.service",
             "argv": [*self.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],
             "listen": listen, **ports, "rdma_devices": list(links[host].devices),
         }  # fmt: skip
+        if in_container:
+            model = context.model if self.engine.needs_model else ""
+            rank["container"] = provision.container(rank, settings, self.cluster, model, self._gpus(host), self.accelerated(host))
         if index == 0:
             rank["health_url"] = f"http://{addresses[host]}:{ports['port']}{self.engine.health_path(self.version)}"
         return rank
@@ -386,12 +407,13 @@ class Planner:
     def _router(self, workers: Sequence[Json], addresses: Mapping[str, str]) -> Json:
         host, settings, cluster = self.router_host, self.inputs.hosts[self.router_host], self.cluster
         listen = settings["listen_address"] or addresses[host]
-        context = engines.RouterContext(
-            python=f"{settings['install_dir']}/{self.router.name}-{self.router.version}/bin/python",
+        context = routers.RouterContext(
+            python=f"{settings['install_dir']}/{self.router.package}-{self.router.version}/bin/python",
             state_dir=settings["state_dir"], listen=listen, port=cluster["router_port"],
             prometheus_port=cluster["router_prometheus_port"], policy=cluster["router_policy"],
             prefill_policy=cluster["router_prefill_policy"], decode_policy=cluster["router_decode_policy"],
-            check_interval=cluster["router_health_check_interval"], disaggregated=self.ratio.disaggregated,
+            check_interval=cluster["router_health_check_interval"], ready_timeout=cluster["ready_timeout"],
+            disaggregated=self.ratio.disaggregated, engine=self.engine.name,
             workers=[(w["role"], w["url"], w["ranks"][0].get("bootstrap_port")) for w in workers],
             api_key=cluster["api_key"] is not None,
         )  # fmt: skip
@@ -399,11 +421,14 @@ class Planner:
         for name in extra:
             if name in self.router.owned:
                 raise UserError(f"router_args: {name} is set by the plan; set {self.router.owned[name]} instead")
-        members = self.router.members(context)
+        registration = self.router.registers(self.engine.name, self.ratio.disaggregated)
+        members = [] if registration else self.router.members(context)
         return {
             "name": self.router.name, "version": self.router.version, "host": host, "unit": "pd-router.service",
             "argv": [*self.router.command(context), *flags.argv({**self.router.flags(context), **extra}), *members],
-            "members": members, "env": {}, "address": addresses[host], "listen": listen, "port": cluster["router_port"],
+            # Where members cannot change while it runs, they are what it is restarted for.
+            "members": members if self.router.membership == "workers" else [], "membership": self.router.membership,
+            "registration": registration, "env": {}, "address": addresses[host], "listen": listen, "port": cluster["router_port"],
             "prometheus_port": cluster["router_prometheus_port"], "url": f"http://{addresses[host]}:{cluster['router_port']}",
             "metrics_url": f"http://{addresses[host]}:{cluster['router_prometheus_port']}/metrics",
         }  # fmt: skip
@@ -415,10 +440,15 @@ class Planner:
         if settings["service_manager"] != "systemd":
             rows.append({"name": "supervisor", "requirements": ["requirements/supervisor.txt"]})
         if host == self.router_host:
-            rows.append({"name": f"{self.router.name}-{self.router.version}", "requirements": list(self.router.requirements)})
+            rows.append({"name": f"{self.router.package}-{self.router.version}", "requirements": list(self.router.requirements)})
+        if has_worker and self.cluster["model_source"] == "hub":
+            rows.append({"name": "hub", "requirements": ["requirements/hub.txt"]})
         if has_worker and settings["runtime"] == "venv":
             wanted = settings["engine_requirements"] or self.engine.requirements(self.version)
             rows.append({"name": f"{self.engine.name}-{self.version}", "requirements": list(wanted)})
+        found = self.inputs.discovered.get(host, {}).get("python")
+        if rows and found:
+            provision.check_python(host, found)
         return rows
 
     def make(self) -> Json:
@@ -428,6 +458,10 @@ class Planner:
         self.check_flags()
         placed = self._placement()
         self._check_shared_memory(placed)
+        if self.ratio.disaggregated:
+            engines.check_alike(
+                self.engine, {name: row.get("default") for name, row in self.table.flags.items()}, self._given(placed)
+            )
         involved = list(dict.fromkeys([*(host for w in placed for host, _ in w.ranks), self.router_host]))
         involved.sort(key=self._inventory_order)
         addresses = {name: self._address(name) for name in involved}
@@ -439,7 +473,7 @@ class Planner:
         backend, reason = choose_backend(
             self.cluster["transfer_backend"], self.engine.transfer_backends, [(ends[p], ends[d]) for p, d in pairs], links
         )
-        on_cpu = {w.name: self._engine_args(ends[w.name], w.role).get("device") == "cpu" for w in placed}
+        on_cpu = {w.name: self._on_cpu(ends[w.name], w.role) for w in placed}
         seen = {pair: expected_transport(backend, ends[pair[0]], ends[pair[1]], links, on_cpu[pair[0]]) for pair in pairs}
         workers: List[Json] = []
         for worker in placed:
@@ -456,6 +490,8 @@ class Planner:
             "engine_version": self.version,
             "emulated": self.engine.emulated,
             "on_cpu": any(on_cpu.values()),
+            "truncated": engines.truncated(self.engine, [args for _, _, args in self._given(placed)]),
+            "pair_probe": self.engine.pair_probe,
             "model": self.model,
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,
@@ -481,7 +517,18 @@ class Planner:
             "install_dir": settings["install_dir"],
             "venv_python": settings["venv_python"],
             "installs": self._installs(name, has_worker),
+            **(self._provided(name) if has_worker else {}),
+            "files": [str(file) for file in settings["engine_files"]] if has_worker else [],
         }
+
+    def _provided(self, name: str) -> Json:
+        """``runtime`` and ``model`` of a host: what is checked, or fetched, before its workers start."""
+        settings = self.inputs.hosts[name]
+        if self.engine.needs_model and self.cluster["model_source"] == "path":
+            provision.check_model(name, self.model, self.inputs.discovered.get(name, {}).get("model"))
+        about = {"engine": self.engine.name, "package": self.engine.package or self.engine.name, "version": self.version}
+        about["python"] = self._python(name)
+        return provision.of_host(name, settings, self.cluster, about, self.model, self.engine.needs_model, self.accelerated(name))
 
 
 def make_plan(inputs: Inputs) -> Json:
@@ -508,7 +555,11 @@ def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Li
     """Return the workers of the deployed plan that the new plan stops or starts anew: the router must let go of them."""
 
     def key(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
-        return worker["name"], worker["url"], repr([(rank["host"], rank["argv"], rank["env"]) for rank in worker["ranks"]])
+        return (
+            worker["name"],
+            worker["url"],
+            repr([(rank["host"], rank["argv"], rank["env"], rank.get("container")) for rank in worker["ranks"]]),
+        )
 
     staying = {key(worker) for worker in plan["workers"]}
     return [worker["name"] for worker in (current or {}).get("workers", []) if key(worker) not in staying]

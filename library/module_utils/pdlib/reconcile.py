@@ -11,11 +11,12 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from . import accounts, processes
+from . import accounts, containers, processes
 from .errors import UserError, listing
 from .managers import MANAGERS, Supervisord, Systemd, write
+from .runtimes import container_name
 from .units import KEY_FILE, KEY_LAUNCHER, identity
 
 Json = Dict[str, Any]
@@ -62,6 +63,7 @@ class Reconciler:
         api_key: Optional[str] = None,
         launcher: str = "",
         user: str = "",
+        shipped: Optional[Mapping[str, str]] = None,
     ):
         self.user = user if manager == "systemd" else ""
         if self.user:
@@ -75,6 +77,7 @@ class Reconciler:
         self.record_file = self.home / "units.json"
         self.record: Json = self._read_record()
         self.private = {KEY_FILE: (api_key, 0o600), KEY_LAUNCHER: (launcher, 0o700)} if api_key else {}
+        self.shipped = {str(self.home / "files" / name): text for name, text in (shipped or {}).items()}
         self.secret = hashlib.sha256(api_key.encode()).hexdigest() if api_key else ""
 
     def _read_record(self) -> Json:
@@ -88,10 +91,14 @@ class Reconciler:
         write(self.record_file, json.dumps(self.record, indent=1, sort_keys=True) + "\n", 0o600)
 
     def _identity(self, name: str) -> str:
-        """What the unit is started as: its command line, its key, and the virtualenv that it runs from."""
+        """What the unit is started as: its command line, its key, the files it names, the virtualenv that it runs from."""
         stamp = Path(self.units[name]["argv"][0]).parent.parent / ".pd-stamp"
-        installed = stamp.read_text() if stamp.exists() else ""
-        return identity(self.units[name], self.secret + installed)
+        installed = _text(stamp)
+        if "container" in self.units[name]:
+            installed += _text(Path(self.units[name]["container"]["record"]))
+        named = "".join(text for path, text in sorted(self.shipped.items()) if path in self.units[name]["argv"])
+        files = hashlib.sha256(named.encode()).hexdigest() if named else ""
+        return identity(self.units[name], self.secret + installed + files)
 
     def _change(self, text: str) -> None:
         if text not in self.outcome.changed:
@@ -129,6 +136,10 @@ class Reconciler:
     def _make_room(self) -> None:
         """Make the folders that units run in, and the account that they run as."""
         claim(str(self.home), shared=bool(self.user))
+        in_containers = [unit["container"] for unit in self.units.values() if "container" in unit]
+        containers.note(str(self.home), [container["runtime"] for container in in_containers])
+        for folder in (folder for container in in_containers for folder in container["folders"]):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         if self.user and accounts.ensure(self.user):
             self._change(f"made user {self.user}")
         for name in self.units:
@@ -138,7 +149,10 @@ class Reconciler:
                 accounts.own(folder, self.user)
 
     def _write_private(self) -> None:
-        """Keep the key where units and the load generator read it, or nowhere."""
+        """Keep shipped files where engines read them, and the key where units and the load generator do, or nowhere."""
+        for path, text in self.shipped.items():
+            if write(Path(path), text, 0o644):
+                self._change(f"wrote files/{Path(path).name}")
         for name, (text, mode) in self.private.items():
             if write(self.home / name, text or "", mode):
                 self._change(f"wrote {name}")
@@ -188,6 +202,7 @@ class Reconciler:
             left = [name for name in left if name in status and status[name].state in ("running", "starting", "stopping")]
             if left:
                 time.sleep(0.1)
+        containers.remove(str(self.home), [name for name in names if name not in left])
         for name in names:
             if name not in left:
                 processes.kill([p.pid for p in processes.ours(str(self.home), name)], 5.0)
@@ -206,6 +221,7 @@ class Reconciler:
             raise UserError("; ".join(lines) + ". Stop it, or set another worker_port_base, bootstrap_port_base or router_port")
 
     def _start(self, names: Sequence[str]) -> None:
+        containers.remove(str(self.home), names)
         for name in names:
             processes.kill([p.pid for p in processes.ours(str(self.home), name)], 5.0)
         self._check_ports(names)
@@ -347,6 +363,14 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
             manager.remove([path.stem for path in unit_files])
         if unit_files or name == "supervisord":
             manager.shutdown()
+    in_containers = containers.ours(state_dir)
+    if check:
+        # What it would end by stopping its unit is no stray, either.
+        ended = {container_name(Path(mark).name, state_dir) for mark in marks}
+        in_containers = {name: client for name, client in in_containers.items() if name not in ended}
+    else:
+        containers.end(in_containers)
+    outcome.changed += [f"ended container {name}" for name in sorted(in_containers)]
     strays = [p for p in processes.ours(state_dir) if p.cwd not in marks]
     outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
     if not check:

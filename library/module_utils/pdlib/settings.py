@@ -70,6 +70,9 @@ def _gpus(value: Any) -> Any:
     if value == "auto":
         return "auto"
     several = isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value)
+    if not several and _number(int, value) > 4096:
+        # No host has as many, and a list of billions would take all memory.
+        raise ValueError
     indices = [_number(int, item) for item in _list(value)] if several else [*range(_number(int, value))]
     if min(indices, default=0) < 0 or (not several and _number(int, value) < 0):
         raise ValueError
@@ -132,10 +135,14 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
         )
     if variable.type in ("ints", "list") and not result and variable.default:
         raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}, and not none at all")
-    if variable.name in ("state_dir", "install_dir") and not result.startswith("/"):
+    if variable.name in ("state_dir", "install_dir", "model_dir", "cache_dir") and not result.startswith("/"):
         raise UserError(f"{variable.name}={shown} ({where}): expected an absolute path")
     if variable.name == "service_user" and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", result):
         raise UserError(f"{variable.name}={shown} ({where}): expected a user's name, such as pd")
+    if variable.name == "model_sha256" and not re.fullmatch(r"[0-9a-f]{64}", result):
+        raise UserError(f"{variable.name}={shown} ({where}): expected 64 hex digits in lower case")
+    if variable.name == "engine_shm_size" and not re.fullmatch(r"[0-9]+[kmg]", result):
+        raise UserError(f"{variable.name}={shown} ({where}): expected a size such as 32g")
     if variable.secret and result.split() != [result]:
         raise UserError(f"{variable.name} ({where}): expected one word, and it is empty or holds a space")
     numbers = result if variable.type == "ints" else [result]

@@ -51,6 +51,8 @@ def workers(plan: Mapping[str, Any]) -> str:
     lines = [table(["worker", "host", "GPUs", "listens on", "bootstrap", "RDMA"], rows)]
     emulated = " (emulated: no GPU is used)" if plan["emulated"] else " (on CPU: no GPU is used)" if plan["on_cpu"] else ""
     lines.append(f"{plan['ratio']}, {plan['engine']} {plan['engine_version']}{emulated}, {plan['model']}, {router['name']}")
+    if plan.get("truncated"):
+        lines.append(f"The model is not whole: {plan['truncated']}; results are marked so.")
     if plan["pairs"]:
         kinds = sorted({pair["expected_transport"] for pair in plan["pairs"]})
         lines.append(f"KV cache: {plan['transfer_backend']} over {'/'.join(kinds)} ({plan['transfer_backend_reason']})")

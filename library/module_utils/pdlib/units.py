@@ -8,6 +8,7 @@ import shlex
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .processes import work_dir
+from .runtimes import client_env
 
 Json = Dict[str, Any]
 #: The API key and the launcher that reads it, under a host's state directory.
@@ -21,37 +22,49 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
 
     Each: ``name`` (``pd-prefill-0``), ``argv``, ``env``, ``ports`` (what it binds), ``listen``, ``health_url`` (None for
     ranks that serve nothing), ``members``: the tail of argv that may change without a restart, ``user``: who it runs as
-    under systemd, and ``gpu``: whether it uses real GPUs.
+    under systemd, ``gpu``: whether it uses real GPUs, and ``as_one``: a hash of all ranks of a worker that has several. A unit that runs a container has ``container`` (runtimes.py), and
+    ``argv`` is that of its client.
     """
     units: List[Json] = []
     entry = plan["hosts"].get(host, {})
     for worker in plan["workers"]:
         for rank in worker["ranks"]:
             if rank["host"] == host:
-                ports = [rank["port"]] + ([rank["bootstrap_port"]] if "bootstrap_port" in rank else [])
+                ports = [rank[kind] for kind in ("port", "bootstrap_port", "side_channel_port") if kind in rank]
                 gpu = bool(rank["gpus"]) and not plan["emulated"] and not plan["on_cpu"]
-                units.append(_unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu))
+                units.append({**_unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu), **_as_one(worker)})
     router = plan["router"]
     if router["host"] == host:
         ports = [router["port"], router["prometheus_port"]]
         units.append(_unit(router, "router", ports, f"{router['url']}/health", router["members"], False))
     user = entry["service_user"] if entry.get("service_manager") == "systemd" else ""
-    return [{**unit, "user": user} for unit in units]
+    # The client of a container needs root's rights, or a group that is worth as much; the container is what confines.
+    return [{**unit, "user": "root" if user and unit.get("container") else user} for unit in units]
+
+
+def _as_one(worker: Mapping[str, Any]) -> Json:
+    """Ranks meet once, at their start: what changes one of them restarts all, on every host."""
+    if len(worker["ranks"]) == 1:
+        return {}
+    text = json.dumps([[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]])
+    return {"as_one": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _unit(
     entry: Mapping[str, Any], name: str, ports: List[int], health_url: Optional[str], members: List[str], gpu: bool
 ) -> Json:
+    container = entry.get("container")
     return {
         "name": entry["unit"][: -len(".service")],
         "title": name,
-        "argv": list(entry["argv"]),
-        "env": dict(entry["env"]),
+        "argv": list(container["argv"] if container else entry["argv"]),
+        "env": client_env(entry["env"]) if container else dict(entry["env"]),
         "listen": entry["listen"],
         "ports": ports,
         "health_url": health_url,
         "members": list(members),
         "gpu": gpu,
+        **({"container": {key: container[key] for key in ("runtime", "name", "folders", "record")}} if container else {}),
     }
 
 
@@ -61,7 +74,8 @@ def identity(unit: Mapping[str, Any], secret: str = "") -> str:
     ``secret``: the key that the unit is started with, so that a new key restarts it.
     """
     argv = unit["argv"][: len(unit["argv"]) - len(unit["members"])]
-    text = json.dumps([argv, sorted(unit["env"].items()), secret, *([unit["user"]] if unit.get("user") else [])])
+    more = [unit[key] for key in ("user", "as_one") if unit.get(key)]
+    text = json.dumps([argv, sorted(unit["env"].items()), secret, *more])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -70,8 +84,16 @@ def run_script(unit: Mapping[str, Any], state_dir: str) -> str:
     lines = ["#!/bin/sh", HEADER]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in sorted(unit["env"].items())]
     lines.append(f"cd {shlex.quote(work_dir(state_dir, unit['name']))} || exit 1")
+    if unit.get("container"):
+        # One that outlived its client, which was killed.
+        lines.append(f"{_remove(unit, shlex.quote)} >/dev/null 2>&1")
     lines.append("exec " + _command_lines(unit["argv"], shlex.quote))
     return "\n".join(lines) + "\n"
+
+
+def _remove(unit: Mapping[str, Any], quote: Callable[[str], str]) -> str:
+    """Return the command that ends a unit's container: it is no child of its client, and does not end with it."""
+    return f"{unit['container']['runtime']} rm --force {quote(unit['container']['name'])}"
 
 
 def supervisor_program(unit: Mapping[str, Any], state_dir: str) -> str:
@@ -171,10 +193,21 @@ def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
     user = unit.get("user") or "root"
     # Root without its capabilities is nobody's root; any other user has none to lose.
     account = f"User={user}\n" + ("" if user == "root" else "CapabilityBoundingSet=\n")
+    container = unit.get("container")
+    before = _GPU_FILES if unit.get("gpu") else ""
+    after, needs, hardening = "", "", _HARDENING
+    if container:
+        remove = _remove(unit, _systemd_word)
+        before += f"ExecStartPre=-{remove}\n"
+        # 143: ended by the SIGTERM that the client passed on.
+        after = f"ExecStopPost=-{remove}\nSuccessExitStatus=143\n"
+        needs = " docker.service" if container["runtime"] == "docker" else ""
+        # podman sets containers up itself, with all that a confined service may not do.
+        hardening = "" if container["runtime"] == "podman" else _HARDENING
     return f"""{HEADER}
 [Unit]
 Description=PD {unit["title"]} ({ratio})
-After=network-online.target
+After=network-online.target{needs}
 Wants=network-online.target
 PartOf=pd.target
 # A model that takes minutes to load and dies is given up after five times.
@@ -184,8 +217,8 @@ StartLimitBurst=5
 [Service]
 {account}EnvironmentFile={_systemd_path(state_dir)}/units/{unit["name"]}.env
 WorkingDirectory={_systemd_path(work_dir(state_dir, unit["name"]))}
-{_GPU_FILES if unit.get("gpu") else ""}ExecStart={_command_lines(unit["argv"], _systemd_word)}
-Restart=on-failure
+{before}ExecStart={_command_lines(unit["argv"], _systemd_word)}
+{after}Restart=on-failure
 RestartSec=5
 # Only the engine's first process is asked to end: it drains, and ends the others itself.
 KillMode=mixed
@@ -195,7 +228,7 @@ LimitCORE=0
 LimitMEMLOCK=infinity
 LimitNOFILE=1048576
 TasksMax=infinity
-{_HARDENING}
+{hardening}
 [Install]
 WantedBy=pd.target
 """
