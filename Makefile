@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-vllm | test-lab | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-vllm | test-lab | test-lab-real | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
 
-.PHONY: setup setup-dev demo test test-real test-vllm test-lab bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-vllm test-lab test-lab-real bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -50,7 +50,11 @@ test-vllm: setup-dev tiny-model
 LAB := PYTHONPATH=tests $(BIN)/python -m lab
 
 test-lab: setup-dev lab-deps
-	$(BIN)/pytest tests/lab -o timeout=900
+	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py
+
+# Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
+test-lab-real: setup-dev lab-deps
+	$(BIN)/pytest tests/lab/test_real_engine.py -o timeout=900
 
 lab-deps: setup
 	@$(LAB) deps

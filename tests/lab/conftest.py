@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from lab import base, hosts, network
-from lab.common import known, load, locked
+from lab.common import REPO, known, load, locked, run
 from lab.controller import Controller, controller, counts, pids
+from real import helpers
 
 COUNT = 4
+#: Asks a virtualenv's Python where it and its packages come from.
+FOLDERS = "import sys, sysconfig; print(sys.base_prefix, sysconfig.get_path('purelib'), sep='\\n')"
+
+
+def real_engine() -> dict[str, Path]:
+    """What the hosts see of this machine for inventory-sglang; {} where make test-real was never run."""
+    model = REPO / ".pd" / "tiny-model"
+    try:
+        python, env = helpers.engine_python()
+    except pytest.skip.Exception:
+        return {}
+    if not (model / "config.json").exists():
+        return {}
+    base_python, packages = run(python, "-c", FOLDERS, env=env).stdout.splitlines()
+    return {
+        "/srv/python": Path(base_python),
+        "/srv/sglang": Path(packages),
+        "/srv/shim": REPO / "tests" / "real" / "shim",
+        "/srv/model": model,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +42,7 @@ def lab() -> Iterator[None]:
     with locked():
         hosts.down()
         try:
-            hosts.up(COUNT)
+            hosts.up(COUNT, real_engine())
             yield
         finally:
             hosts.down()

@@ -24,7 +24,6 @@ from lab.common import REPO, STATE, SWITCH, address, run
 
 T = TypeVar("T")
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
-INVENTORY = "tests/lab/inventory"
 
 
 def sh(host: str, command: str, check: bool = True) -> str:
@@ -101,6 +100,7 @@ class Controller:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
         self.home = folder / "pd"
+        self.inventory = "tests/lab/inventory"
         # Wheels are fetched from a registry once for all runs of the tests.
         wheels = REPO / ".pd" / "wheelhouse"
         wheels.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Controller:
         env = {**os.environ, **self.env, "PATH": f"{ANSIBLE.parent}:{os.environ['PATH']}"}
         env["ANSIBLE_SSH_COMMON_ARGS"] = f"-F {self.ssh_config}"
         return subprocess.Popen(
-            ["ansible-playbook", verb, "-i", INVENTORY, *words], cwd=self.home, env=env, text=True, start_new_session=True,
+            ["ansible-playbook", verb, "-i", self.inventory, *words], cwd=self.home, env=env, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

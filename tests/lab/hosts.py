@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from lab import cgroups, network
@@ -52,8 +53,11 @@ done
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 
 
-def up(count: int) -> None:
-    """Make and boot h1 to h``count``, and wait for their sshd; those that are on are left alone."""
+def up(count: int, shared: Mapping[str, Path] | None = None) -> None:
+    """Make and boot h1 to h``count``, and wait for their sshd; those that are on are left alone.
+
+    ``shared``: folders of this machine that new hosts see, read-only, by their path in the host.
+    """
     names = [f"h{number}" for number in range(1, count + 1)]
     root = base()
     HOSTS.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,7 @@ def up(count: int) -> None:
     network.make_switch()
     for host in names:
         if not load(host):
-            _create(host, root)
+            _create(host, root, shared or {})
     _raise_inotify(len(known()))
     _write_files()
     for host in names:
@@ -74,7 +78,7 @@ def up(count: int) -> None:
     network.wait_ssh([host for host in names if not network.unplugged(host).exists()])
 
 
-def _create(host: str, root: Path) -> None:
+def _create(host: str, root: Path, shared: Mapping[str, Path]) -> None:
     """Make a host's disk: its keys, name and machine id over the shared base."""
     folder = HOSTS / host
     upper = folder / "upper"
@@ -90,7 +94,7 @@ def _create(host: str, root: Path) -> None:
     for path in [home, *home.rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
         os.chown(path, user_id, user_id)
-    (folder / "state.json").write_text(json.dumps({"base": str(root)}))
+    (folder / "state.json").write_text(json.dumps({"base": str(root), "shared": {path: str(shared[path]) for path in shared}}))
 
 
 def _write_files() -> None:
@@ -135,7 +139,9 @@ def _boot(host: str) -> None:
     nspawn = [
         *("systemd-nspawn", "--quiet", f"--directory={root}", f"--machine={PREFIX}-{host}", f"--hostname={host}"),
         *("--register=no", "--keep-unit", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
-        *("--capability=CAP_NET_ADMIN,CAP_IPC_LOCK", "--console=read-only", "--kill-signal=SIGRTMIN+3", "/sbin/lab-init"),
+        *("--capability=CAP_NET_ADMIN,CAP_IPC_LOCK", "--console=read-only", "--kill-signal=SIGRTMIN+3"),
+        *(f"--bind-ro={source}:{path}" for path, source in state["shared"].items()),
+        "/sbin/lab-init",
     ]
     script = ["sh", "-c", SUPERVISOR, f"{PREFIX}-{host}", SWITCH, port(host), str(network.unplugged(host))]
     with open(folder / "console.log", "a") as console:
