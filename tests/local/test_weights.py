@@ -129,16 +129,10 @@ def test_the_host_that_has_the_model_gives_it_to_the_other(clean: Checkout) -> N
     files = model_files()
     place(giver, files)
     try:
-        foretold = clean.play("deploy_pd.yml", *model_args("rsync"), "--check").good()
-        assert "would make the checksums of tiny/model" in foretold.text
-        assert "would copy tiny/model" in foretold.text
-        assert not other.parent.exists()
-
         done = clean.play("deploy_pd.yml", *model_args("rsync")).good()
         assert "copied tiny/model (0.00 GB) from gh200" in done.text
         assert there(other) == there(giver) == files
         assert not [line for line in clean.processes() if "model_tool" in line]
-        assert set(clean.play("deploy_pd.yml", *model_args("rsync")).good().changed.values()) == {0}
 
         # what differs is neither overwritten nor served
         (other / "config.json").write_text("{ }")
