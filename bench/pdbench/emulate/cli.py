@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import stat
@@ -176,6 +177,10 @@ async def _serve(config: WorkerConfig) -> None:
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            # What is there now stays; the collector would walk it again and again, and tokens would be late meanwhile.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(100_000, 50, 1000)
             log.info("ready: %s worker on %s:%d, model %s", config.role, config.host, config.port, config.model_path)
             await stopping
         else:
