@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pdbench.emulate.asks import BadAskError, Item
@@ -236,7 +236,7 @@ class Engine:
             raise ValueError(f"{len(self._jobs)} requests are running")
         self.flush_cache()
         self.role = role
-        self.worker.limits = replace(self._limits())
+        self.worker.limits = self._limits()
         self.metrics.relabel(ENGINE_TYPES[role])
 
     def refresh(self) -> None:
