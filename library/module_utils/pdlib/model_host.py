@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -63,8 +64,9 @@ class Model:
                 user=user or None, group=accounts.group_of(user) if user else None, extra_groups=[] if user else None,
             )  # fmt: skip
             assert process.stdin is not None
-            process.stdin.write(json.dumps({**task, **common}).encode())
-            process.stdin.close()
+            # It may have died before it read its task: its log, read by the next look, says why.
+            with contextlib.suppress(BrokenPipeError), process.stdin as task_in:
+                task_in.write(json.dumps({**task, **common}).encode())
         write(self.work / "job.json", json.dumps({"key": key, "pid": process.pid}), 0o600)
 
     def job(self) -> Tuple[str, bool]:
