@@ -43,11 +43,10 @@ pd_settings: {description: "The deployment's variables, typed and without secret
 pd_live_pids: {description: Processes of the controller that may hold a lock., returned: always, type: list, elements: int, sample: [4711]}
 pd_units: {description: "By host, its services.", returned: unless C(verb=teardown), type: dict, sample: {n1: [{name: pd-prefill-0}]}}
 pd_leaving:
-  description: Workers of the deployed plan that stop or start anew.
+  description: Workers of the deployed plan that stop or start anew, and where they answer.
   returned: unless C(verb=teardown)
-  type: list
-  elements: str
-  sample: [decode-1]
+  type: dict
+  sample: {decode-1: "http://n2:30001"}
 pd_accelerators:
   description: By host, whether the plan uses its GPUs and RDMA devices.
   returned: unless C(verb=teardown)

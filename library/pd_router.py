@@ -13,6 +13,11 @@ description:
 options:
   action: {description: What to do., type: str, choices: [remove, converge], required: true}
   plan: {description: The plan., type: dict, required: true}
+  leaving:
+    description: With C(remove), URLs of workers that stop or start anew; those that come back are taken out, too.
+    type: list
+    elements: str
+    default: []
   state_dir: {description: State directory of the router's host; the key lies there., type: path, required: true}
   pair_timeout: {description: Longest wait for a pair's answer in seconds., type: int, default: 120}
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
@@ -53,6 +58,7 @@ def main() -> None:
         argument_spec={
             "action": {"type": "str", "choices": ["remove", "converge"], "required": True},
             "plan": {"type": "dict", "required": True},
+            "leaving": {"type": "list", "elements": "str", "default": []},
             "state_dir": {"type": "path", "required": True},
             "pair_timeout": {"type": "int", "default": 120},
             "resumed": {"type": "bool", "default": False},
@@ -68,7 +74,8 @@ def main() -> None:
     pairs = []
     try:
         if p["action"] == "remove":
-            outcome = router.remove_surplus(wanted, module.check_mode)
+            staying = [member for member in wanted if member.url not in p["leaving"]]
+            outcome = router.remove_surplus(staying, module.check_mode)
         else:
             outcome = router.converge(wanted, module.check_mode, p["resumed"])
             if outcome.done and not module.check_mode:

@@ -42,6 +42,7 @@ class CallbackModule(CallbackBase):
         super().__init__()
         self.started = time.time()
         self.said: dict[str, str] = {}
+        self.verdict = ""
         self.command = "the command"
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
@@ -49,9 +50,14 @@ class CallbackModule(CallbackBase):
         self.command = f"ansible-playbook {Path(playbook._file_name).name}"
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
-        """Remember why a host failed."""
-        if not ignore_errors:
-            self.said[result._host.get_name()] = f"FAILED at {result._task.get_name()}: {result._result.get('msg', '')}"
+        """Remember why a host failed; what runs once for all hosts blames none of them."""
+        if ignore_errors:
+            return
+        reason = f"FAILED at {result._task.get_name()}: {result._result.get('msg', '')}"
+        if result._task.run_once:
+            self.verdict = reason
+        else:
+            self.said[result._host.get_name()] = reason
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
         """Remember why a host could not be reached."""
@@ -64,13 +70,16 @@ class CallbackModule(CallbackBase):
         if not lost:
             self._display.display(f"{self.command} took {took}")
             return
-        rows = [
-            [host, first_line(self.said.get(host, "FAILED")) if host in lost else "not at fault; went no further"]
-            for host in sorted(stats.processed, key=lambda host: host not in lost)
+        # A host that the play could do without (ignore_unreachable) is not among the lost ones, but it did say something.
+        told = {host: text for host, text in self.said.items() if host in lost or text.startswith("UNREACHABLE")}
+        rows = [["all hosts", first_line(self.verdict)]] if self.verdict else []
+        rows += [
+            [host, first_line(told[host]) if host in told else "not at fault; went no further"]
+            for host in sorted(stats.processed, key=lambda host: (host not in told, host))
         ]
         text = tables.table(["host", "what happened"], rows)
         hints = [f"next: put it right and type {self.command} again; it goes on from what is there"]
-        dark = [host for host in lost if host in stats.dark]
+        dark = [host for host, text in told.items() if text.startswith("UNREACHABLE")]
         if dark:
             hints.insert(0, f"unreachable: try ssh {dark[0]} by hand (docs/hosts.md); what runs on other hosts was left as it is")
         self._display.display("\n" + "\n".join([text, *hints, f"({self.command} ended after {took})"]) + "\n")

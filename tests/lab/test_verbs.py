@@ -169,9 +169,9 @@ def test_one_host_is_changed_while_the_others_serve(serving: Controller) -> None
         changed = {name for name in before if before[name] != after[name]}
         assert changed == {"h1/pd-prefill-0.service", "h1/pd-prefill-1.service"}
         print(f"-l h1,h3: {asked.good} requests answered meanwhile, {len(asked.lost)} lost")
-        # what was on its way to a worker that restarts is lost: of requests one after the other, one a worker
+        # the router lets go of workers that restart before they do
         assert asked.good > 10
-        assert len(asked.lost) <= 2, asked.lost
+        assert asked.lost == []
         assert counts() == {"prefill": 3, "decode": 1}
     finally:
         (own / "h1.yml").unlink()

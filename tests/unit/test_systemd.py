@@ -226,3 +226,23 @@ def test_models_in_the_home_outlive_the_account(tmp_path: Path, monkeypatch: pyt
     shutil.rmtree(tmp_path / "home" / ".cache")
     assert accounts.remove("pd") == "removed user pd"
     assert (ran, (tmp_path / "home").exists()) == ([["userdel", "pd"]], False)
+
+
+def test_what_ended_processes_of_an_account_left_is_found_and_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entry:
+        pw_uid = os.getuid()
+
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: Entry)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "shm" / "folder").mkdir(parents=True)
+    (tmp_path / "shm" / "sglang_loads_x.shm").write_text("")
+    (tmp_path / "shm" / "link").symlink_to("/nonexistent")
+    folders, proc = (str(tmp_path / "shm"), str(tmp_path / "absent")), str(tmp_path / "proc")
+    assert [path.name for path in accounts.leftovers("pd", folders, proc)] == ["folder", "link", "sglang_loads_x.shm"]
+    (tmp_path / "proc" / "12").mkdir()
+    assert accounts.leftovers("pd", folders, proc) == [], "a process of the account may still use them"
+    (tmp_path / "proc" / "12").rmdir()
+    Entry.pw_uid += 1
+    assert accounts.leftovers("pd", folders, proc) == []

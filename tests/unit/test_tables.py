@@ -68,8 +68,8 @@ def summary() -> Any:
     return made
 
 
-def result(host: str, message: str) -> Any:
-    task = Thing(get_name=lambda: "worker : Units")
+def result(host: str, message: str, run_once: bool = False) -> Any:
+    task = Thing(get_name=lambda: "worker : Units", run_once=run_once)
     return Thing(_host=Thing(get_name=lambda: host), _task=task, _result={"msg": message})
 
 
@@ -92,6 +92,16 @@ def test_a_command_that_did_not_names_hosts_reasons_and_what_to_do(summary: Any)
     assert any(line.startswith("unreachable: try ssh n3 by hand") for line in lines)
     assert any(line.startswith("next: put it right and type ansible-playbook deploy_pd.yml again") for line in lines)
     assert "Traceback" not in summary._display.text
+
+
+def test_what_runs_once_for_all_blames_no_host_and_a_dark_one_is_still_named(summary: Any) -> None:
+    summary.v2_runner_on_unreachable(result("n2", "ssh: connect to host n2 port 22: No route to host"))
+    summary.v2_runner_on_failed(result("n1", "the run is INVALID: every_worker_served", run_once=True))
+    summary.v2_playbook_on_stats(Thing(processed=dict.fromkeys(["n1", "n2", "n3"], 1), failures={"n1": 1}, dark={}))
+    lines = [" ".join(line.split()) for line in summary._display.text.splitlines()]
+    assert "all hosts FAILED at worker : Units: the run is INVALID: every_worker_served" in lines
+    assert "n2 UNREACHABLE: ssh: connect to host n2 port 22: No route to host" in lines
+    assert {"n1 not at fault; went no further", "n3 not at fault; went no further"} <= set(lines)
 
 
 def test_a_failure_that_was_rescued_is_none(summary: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
 import shutil
 import subprocess
 from pathlib import Path
-from typing import List
+from typing import List, Sequence
 
 from .errors import UserError
 
@@ -65,6 +66,24 @@ def remove(name: str) -> str:
     if home == Path(home_of(name)):
         shutil.rmtree(home, ignore_errors=True)
     return f"removed user {name}"
+
+
+def leftovers(name: str, folders: Sequence[str] = ("/tmp", "/var/tmp", "/dev/shm"), proc: str = "/proc") -> List[Path]:
+    """Return what the account's ended processes left where everybody may write; nothing while one of them runs.
+
+    Engines do not clear their sockets and shared memory away.
+    """
+    uid = pwd.getpwnam(name).pw_uid
+    for process in Path(proc).glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == uid:
+                return []
+    found = []
+    for path in (path for folder in map(Path, folders) if folder.is_dir() for path in folder.iterdir()):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == uid:
+                found.append(path)
+    return sorted(found)
 
 
 def group_of(name: str) -> int:

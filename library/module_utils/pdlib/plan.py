@@ -551,8 +551,11 @@ def inventory_id(sources: Sequence[str]) -> str:
     return f"{names}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:8]}"
 
 
-def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> List[str]:
-    """Return the workers of the deployed plan that the new plan stops or starts anew: the router must let go of them."""
+def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Dict[str, str]:
+    """Return (name -> URL) the workers of the deployed plan that the new plan stops or starts anew.
+
+    The router must let go of them first, also of those that come back at the same URL.
+    """
 
     def key(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
         return (
@@ -562,4 +565,4 @@ def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Li
         )
 
     staying = {key(worker) for worker in plan["workers"]}
-    return [worker["name"] for worker in (current or {}).get("workers", []) if key(worker) not in staying]
+    return {worker["name"]: worker["url"] for worker in (current or {}).get("workers", []) if key(worker) not in staying}

@@ -387,9 +387,14 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
             outcome.changed.append(f"removed {folder}")
             if not check:
                 _remove_tree(folder)
-    if purge and "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
+    if "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
         for account in accounts.ours():
-            outcome.changed.append(f"removed user {account}" if check else accounts.remove(account))
+            for path in accounts.leftovers(account):
+                outcome.changed.append(f"removed {path}")
+                if not check:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if purge:
+                outcome.changed.append(f"removed user {account}" if check else accounts.remove(account))
     return outcome
 
 
