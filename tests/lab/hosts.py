@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab import cgroups, network
@@ -50,7 +50,16 @@ while :; do
     [ $code = 133 ] || exit $code
 done
 """
-INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+#: Limits of the machine as a whole, by what they must be for a number of hosts: each systemd takes about 8 inotify instances, and
+#: every host knows the hardware address of every other (without room, connections die in silence from 30 hosts on).
+LIMITS: dict[str, Callable[[int], int]] = {
+    "fs/inotify/max_user_instances": lambda hosts: 64 + 32 * hosts,
+    "net/ipv4/neigh/default/gc_thresh2": lambda hosts: 512 + 2 * hosts * hosts,
+    "net/ipv4/neigh/default/gc_thresh3": lambda hosts: 1024 + 2 * hosts * hosts,
+    "net/ipv6/neigh/default/gc_thresh2": lambda hosts: 512 + 2 * hosts * hosts,
+    "net/ipv6/neigh/default/gc_thresh3": lambda hosts: 1024 + 2 * hosts * hosts,
+}
+SYSCTL = Path("/proc/sys")
 
 
 def up(count: int, shared: Mapping[str, Path] | None = None) -> None:
@@ -67,7 +76,7 @@ def up(count: int, shared: Mapping[str, Path] | None = None) -> None:
     for host in names:
         if not load(host):
             _create(host, root, shared or {})
-    _raise_inotify(len(known()))
+    _raise_limits(len(known()))
     _write_files()
     for host in names:
         if not supervisor(host):
@@ -153,13 +162,16 @@ def _boot(host: str) -> None:
     save(host, pid=process.pid, started=start_time(process.pid), cgroups=paths)
 
 
-def _raise_inotify(hosts: int) -> None:
-    """Make room for inotify instances: each systemd takes about 8, and the usual limit ends at some 15 hosts."""
-    had, wanted = int(INOTIFY.read_text()), 64 + 32 * hosts
-    if had < wanted:
-        if not (STATE / "inotify.old").exists():
-            (STATE / "inotify.old").write_text(str(had))
-        INOTIFY.write_text(str(wanted))
+def _raise_limits(hosts: int) -> None:
+    """Make room for so many hosts; what was there is noted, and comes back with `down`."""
+    noted = STATE / "limits.json"
+    had = json.loads(noted.read_text()) if noted.exists() else {}
+    for name, wanted in LIMITS.items():
+        path = SYSCTL / name
+        if path.exists() and int(path.read_text()) < wanted(hosts):
+            had.setdefault(name, path.read_text().strip())
+            noted.write_text(json.dumps(had))
+            path.write_text(str(wanted(hosts)))
 
 
 def _end(pids: list[int], how: int, timeout_s: float) -> bool:
@@ -212,8 +224,9 @@ def down() -> None:
         if os.path.ismount(HOSTS / host / "root"):
             run("umount", "-l", HOSTS / host / "root")
     network.remove()
-    if (STATE / "inotify.old").exists():
-        INOTIFY.write_text((STATE / "inotify.old").read_text())
+    if (STATE / "limits.json").exists():
+        for name, value in json.loads((STATE / "limits.json").read_text()).items():
+            (SYSCTL / name).write_text(value)
     shutil.rmtree(STATE, ignore_errors=True)
 
 
