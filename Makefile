@@ -1,12 +1,14 @@
-# make setup | demo | test | test-real | test-vllm | test-lab | test-lab-real | bench-deploy | lab-up | lab-status | lab-down | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-kv | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes
+# What `make bundle` put beside the checkout takes the place of a registry.
+WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-vllm test-lab test-lab-real bench-deploy lab-deps lab-up lab-status lab-down tiny-model lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-kv test-vllm test-lab test-lab-real test-rdma bench-deploy lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -29,6 +31,10 @@ $(VENV)/.dev: $(VENV)/.controller requirements/dev.txt
 demo: setup
 	@tools/demo.sh
 
+# For a controller without a registry: docs/hosts.md, "A rented GPU container"
+bundle: setup
+	@$(BIN)/python tools/bundle.py $(ARGS)
+
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,11 +42,15 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 test-real: setup-dev tiny-model
 	@tools/real_packages.sh
 	$(BIN)/pytest tests/real -o timeout=900
+
+# The contents of the KV cache on real SGLang, beside an aggregated server; it takes its engine from `make test-real`
+test-kv: setup-dev tiny-model
+	PD_TEST_KV=1 $(BIN)/pytest tests/real/test_kv_correct.py -s -o timeout=1500
 
 # Real vLLM on this machine's CPU: 3.5 GB and some minutes more, so a target of its own
 test-vllm: setup-dev tiny-model
@@ -50,7 +60,12 @@ test-vllm: setup-dev tiny-model
 LAB := PYTHONPATH=tests $(BIN)/python -m lab
 
 test-lab: setup-dev lab-deps
-	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py
+	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py --ignore tests/lab/test_rdma_vm.py
+
+# RDMA facts against SoftRoCE in a VM emulated in software: a minute; the first run makes the VM, some minutes more
+test-rdma: setup-dev
+	@command -v qemu-system-x86_64 cpio mmdebstrap >/dev/null || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
+	$(BIN)/pytest tests/lab/test_rdma_vm.py -o timeout=900
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
@@ -87,6 +102,7 @@ flags: setup-dev
 docs: setup
 	$(BIN)/python tools/docs_variables.py
 	$(BIN)/python tools/docs_validity.py
+	$(BIN)/python tools/docs_doctor.py
 
 clean:
 	rm -rf .pd results .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible

@@ -26,10 +26,10 @@ EXAMPLES = r"""
 
 RETURN = r"""
 found:
-  description: The facts.
+  description: The facts. C(rdma) has for each device what C(rdma_facts) says of its first active port.
   returned: always
   type: dict
-  sample: {python: {path: /usr/bin/python3, version: 3.11.2, machine: x86_64, glibc: "2.36"}, service_manager: systemd, addresses: [127.0.0.1], gpus: [0, 1], rdma: {mlx5_0: {state: ACTIVE, fabric: roce, port: 1}}}
+  sample: {python: {path: /usr/bin/python3, version: 3.11.2, machine: x86_64, glibc: "2.36"}, service_manager: systemd, addresses: [127.0.0.1], netdevs: {127.0.0.1: lo}, gpus: [0, 1], rdma: {mlx5_0: {state: ACTIVE, fabric: roce, port: 1}}}
 installed: {description: The stamps of the virtualenvs that are there., returned: always, type: dict, sample: {supervisor: 5f2a}}
 """
 

@@ -6,12 +6,18 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: pd_logs
 short_description: Return the end of every unit's log
-description: [Reads only; a run keeps what it returns beside its records.]
+description:
+  - Reads only; a run keeps what it returns beside its records.
+  - A log goes on from one process of the unit to the next; what is returned is the last one's.
 options:
   state_dir: {description: State directory of the host., type: path, required: true}
   service_manager: {description: Who runs the units., type: str, choices: [systemd, supervisord], required: true}
   units: {description: Names of the units., type: list, elements: str, required: true}
   lines: {description: Lines of each log., type: int, default: 300}
+  keep:
+    description: A regular expression; lines that match, and five after each, are kept wherever they stand since the last start.
+    type: str
+    default: ""
 attributes:
   check_mode: {support: full, description: Reads only.}
   diff_mode: {support: none, description: Reads only.}
@@ -29,7 +35,7 @@ logs: {description: The ends of the logs by unit., returned: always, type: dict,
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib.managers import MANAGERS
+from ansible.module_utils.pdlib.managers import MANAGERS, since_start
 
 
 def main() -> None:
@@ -40,12 +46,19 @@ def main() -> None:
             "service_manager": {"type": "str", "choices": ["systemd", "supervisord"], "required": True},
             "units": {"type": "list", "elements": "str", "required": True},
             "lines": {"type": "int", "default": 300},
+            "keep": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
     p = module.params
     manager = MANAGERS[p["service_manager"]](p["state_dir"], "", "")
-    module.exit_json(changed=False, logs={unit: manager.log_tail(unit, p["lines"]) for unit in p["units"]})
+    logs = {}
+    for unit in p["units"]:
+        end = since_start(manager.log_tail(unit, p["lines"]))
+        kept = manager.log_matching(unit, p["keep"], 60, 5) if p["keep"] else ""
+        missing = [line for line in kept.splitlines() if line not in end]
+        logs[unit] = "\n".join([*missing, *(["[...]"] if missing else []), end])
+    module.exit_json(changed=False, logs=logs)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ description:
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
     C(playbooks/vars/derived.yml).
 options:
-  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, plan, teardown], required: true}
+  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, plan, doctor, teardown], required: true}
   discovered:
     description: Compare with what the hosts have, and start from the plan that the router's host holds (both as role preflight found them).
     type: bool
@@ -52,6 +52,16 @@ pd_accelerators:
   returned: unless C(verb=teardown)
   type: dict
   sample: {n1: true}
+pd_probe:
+  description: What the KV path probe has to do.
+  returned: unless C(verb=teardown)
+  type: dict
+  sample: {says: "KV path probe: 3 of 3 paths", pairs: []}
+pd_examined:
+  description: Whether C(pd_plan) is the deployed one, and why the inventory cannot be planned (empty when it can).
+  returned: with C(verb=doctor)
+  type: dict
+  sample: {deployed: true, refused: ""}
 pd_bench:
   description: The run and where it happens.
   returned: with C(verb=bench); with C(verb=teardown) when there is a client host
@@ -66,7 +76,7 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "verb": {"type": "str", "choices": ["deploy", "bench", "plan", "teardown"], "required": True},
+            "verb": {"type": "str", "choices": ["deploy", "bench", "plan", "doctor", "teardown"], "required": True},
             "discovered": {"type": "bool", "default": False},
             "show": {"type": "bool", "default": False},
         },

@@ -1,10 +1,10 @@
-"""Makes the table of an engine's flags that ``engine_args`` are checked against.
+"""Makes the tables of engines' and routers' flags that ``engine_args`` and ``router_args`` are checked against.
 
-    flag_table.py --all                    every version below, downloaded without its dependencies
-    flag_table.py --emulated               the emulator's, from the pdbench that is installed
-    flag_table.py ENGINE FOLDER VERSION    one version, from a folder that holds the engine's package, to stdout
+    flag_table.py --all                     every version below, downloaded without its dependencies
+    flag_table.py --emulated                the emulator's, from the pdbench that is installed
+    flag_table.py PROGRAM FOLDER VERSION    one version, from a folder that holds the program's package, to stdout
 
-The engine's own parser is asked: its argument module is imported, and what that needs and is not there (torch, CUDA
+The program's own parser is asked: its argument module is imported, and what that needs and is not there (torch, CUDA
 kernels, ...) is replaced by stand-ins, as no flag hangs on it. tests/real holds the tables against a real installation.
 """
 
@@ -31,16 +31,18 @@ TABLES = Path(__file__).parents[1] / "library" / "module_utils" / "pdlib" / "fla
 
 
 class Source(NamedTuple):
-    """Where an engine's flags come from.
+    """Where a program's flags come from.
 
     ``versions``: version, oldest first -> the wheel that has it. ``needs``: what the argument module needs for real: its
     records are built on it. ``essential``: modules that hold the flags, so a failure in them is one of this tool.
+    ``router``: whether it is a router; those are small, and ask their own library in Rust for the choices of some flags.
     """
 
     versions: Mapping[str, str]
     needs: tuple[str, ...]
     essential: tuple[str, ...]
     parser: Callable[[], argparse.ArgumentParser]
+    router: bool = False
 
 
 #: the Python that the engines' wheels are for
@@ -58,7 +60,6 @@ REMOVED = {
         "--disaggregation-prefill-pp": "leave it out: decode workers learn it from the bootstrap server",
         "--prefill-round-robin-balance": "set load-balance-method: round_robin",
     },
-    "vllm": {},
 }
 
 
@@ -137,7 +138,7 @@ class EngineModules(importlib.abc.MetaPathFinder):
 
     def __init__(self, engine: str) -> None:
         """Make ready for one engine's package."""
-        self.package, self.essential = f"{engine}.", SOURCES[engine].essential
+        self.package, self.essential = f"{module(engine)}.", SOURCES[engine].essential
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Find the engine's modules, and wrap their execution."""
@@ -160,13 +161,18 @@ class EngineModules(importlib.abc.MetaPathFinder):
         return spec
 
 
+def module(program: str) -> str:
+    """The name of its Python package."""
+    return program.replace("-", "_")
+
+
 def parser_of(engine: str, folder: Path) -> argparse.ArgumentParser:
     """The engine's own parser. It changes this process: call it once, in a process of its own."""
-    package = types.ModuleType(engine)
+    package = types.ModuleType(module(engine))
     # the package's own __init__ patches transformers, which may not be there
-    package.__path__ = [str(folder / engine)]
+    package.__path__ = [str(folder / module(engine))]
     package.__dict__["__version__"] = "0"
-    sys.modules[engine] = package
+    sys.modules[module(engine)] = package
     sys.path.insert(0, str(folder))
     sys.meta_path.insert(0, EngineModules(engine))
     sys.meta_path.append(MissingModules())
@@ -195,7 +201,29 @@ def vllm_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def router_parser(package: str) -> argparse.ArgumentParser:
+    """What `python -m <package>.launch_router` parses with."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"{package}.router_args").RouterArgs.add_cli_args(parser, use_router_prefix=False)
+    for action in parser._actions:
+        if action.dest.endswith("_parser") and action.choices:
+            # the library in Rust names them in another order every time
+            action.choices = sorted(action.choices)
+    return parser
+
+
+def router(name: str, version: str) -> Source:
+    """A router's source."""
+    package = module(name)
+    return Source({version: f"{name}=={version}"}, (), (f"{package}.",), lambda: router_parser(package), router=True)
+
+
+ROUTERS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
 SOURCES = {
+    **{
+        name: router(name, version)
+        for name, version in (("sglang-router", "0.3.2"), ("smg", "1.13.0"), ("vllm-router", "0.1.17"))
+    },
     "sglang": Source(
         versions={version: f"sglang=={version}" for version in ("0.5.17", "0.5.23")},
         needs=("msgspec==0.22.0",),
@@ -313,10 +341,15 @@ def gone(engine: str, version: str) -> dict[str, str]:
     """Flags of the older tables, with what these say to use instead."""
     result: dict[str, str] = {}
     for older in (v for v in SOURCES[engine].versions if numbers(v) < numbers(version)):
-        flags = json.loads((TABLES / f"{engine}-{older}.json").read_text())["flags"]
+        flags = json.loads(path_of(engine, older).read_text())["flags"]
         for row in flags:
             result |= dict.fromkeys(options([row]), row["deprecated"] or f"{older} was the last version that we know to have it")
     return result
+
+
+def path_of(engine: str, version: str) -> Path:
+    """The file of a table."""
+    return (TABLES / "routers" if SOURCES[engine].router else TABLES) / f"{engine}-{version}.json"
 
 
 def numbers(version: str) -> list[int]:
@@ -327,7 +360,9 @@ def numbers(version: str) -> list[int]:
 def table(engine: str, folder: Path, version: str) -> str:
     """The table as text: JSON, one flag a line."""
     flags, refused = rows(parser_of(engine, folder))
-    known, advice = options(flags), {**gone(engine, version), **refused, **REMOVED[engine]}
+    if not flags:
+        sys.exit(f"flag_table: {engine} {version} tells of no flag: its argument module is not where it was")
+    known, advice = options(flags), {**gone(engine, version), **refused, **REMOVED.get(engine, {})}
     removed = {flag: text for flag, text in sorted(advice.items()) if flag not in known}
     return text(engine, version, f"wheel {SOURCES[engine].versions.get(version, version).replace('==', ' ')}", removed, flags)
 
@@ -359,17 +394,19 @@ def make(engine: str, version: str) -> None:
     source = SOURCES[engine]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        wanted = ("--no-deps", "--only-binary=:all:", "--python-version", PYTHON)
-        pip("download", *wanted, "-d", place, source.versions[version])
-        (wheel,) = folder.glob(f"{engine}*.whl")
+        options = ("--no-deps", "--only-binary=:all:", "--python-version", PYTHON)
+        pip("download", *options, "-d", place, source.versions[version])
+        (wheel,) = folder.glob(f"{module(engine)}*.whl")
+        # the rest of an engine's wheel is up to two gigabytes of kernels
+        wanted = (".py", ".so") if source.router else (".py", ".json")
         with zipfile.ZipFile(wheel) as archive:
-            # the rest of a wheel is up to two gigabytes of kernels
-            archive.extractall(folder, [name for name in archive.namelist() if name.endswith((".py", ".json"))])
+            archive.extractall(folder, [name for name in archive.namelist() if name.endswith(wanted)])
         wheel.unlink()
-        pip("install", "--target", place, *source.needs)
+        if source.needs:
+            pip("install", "--target", place, *source.needs)
         ask = [sys.executable, "-W", "ignore", __file__, engine, place, version]
         made = subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout
-    write(TABLES / f"{engine}-{version}.json", made)
+    write(path_of(engine, version), made)
 
 
 def write(path: Path, made: str) -> None:
@@ -380,18 +417,18 @@ def write(path: Path, made: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Make the table of an engine's flags.")
-    parser.add_argument("--all", action="store_true", help="make every table anew (downloads the engines)")
+    parser = argparse.ArgumentParser(description="Make the tables of engines' and routers' flags.")
+    parser.add_argument("--all", action="store_true", help="make every table anew (downloads engines and routers)")
     parser.add_argument("--emulated", action="store_true", help="make the emulator's table anew")
-    parser.add_argument("engine", nargs="?", choices=SOURCES, help="the engine")
+    parser.add_argument("engine", nargs="?", choices=SOURCES, help="the engine or router")
     parser.add_argument("folder", nargs="?", type=Path, help="folder that holds its package")
     parser.add_argument("version", nargs="?", help="its version")
     given = parser.parse_args(arguments)
     if [given.all, given.emulated, bool(given.engine and given.folder and given.version)].count(True) != 1:
-        parser.error("give either --all, --emulated, or ENGINE, FOLDER and VERSION")
+        parser.error("give either --all, --emulated, or PROGRAM, FOLDER and VERSION")
     if given.folder:
-        if not (given.folder / given.engine / "__init__.py").is_file():
-            parser.error(f"{given.folder} holds no {given.engine}/__init__.py")
+        if not (given.folder / module(given.engine) / "__init__.py").is_file():
+            parser.error(f"{given.folder} holds no {module(given.engine)}/__init__.py")
         sys.stdout.write(table(given.engine, given.folder.resolve(), given.version))
         return 0
     write(*emulated())

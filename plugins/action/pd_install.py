@@ -69,11 +69,14 @@ class ActionModule(pd_poll.ActionModule):
         said = pd_poll.Paced(host)
         self._sent = self.own_folder()
         archives = {}
+        # What `make bundle` put beside the checkout, for a controller that reaches no registry itself.
+        own = pd_poll.ROOT / ".wheels"
         for house in lacks:
             row = rows[house]
             local = wheelhouse.archive(
-                pd_poll.ROOT / ".pd" / "wheelhouse", row["name"], self._steps(row), self._contents(row), self._target(), said.say
-            )
+                pd_poll.ROOT / ".pd" / "wheelhouse", row["name"], self._steps(row), self._contents(row), self._target(), said.say,
+                own if own.is_dir() else None,
+            )  # fmt: skip
             remote = self._connection._shell.join_path(self._sent, local.name)
             size = f"{local.stat().st_size / 1e6:.0f} MB"
             with self.heartbeat(host, f"wheels of {row['name']} are sent ({size})"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_spec, plan, processes, settings, tables, units  # noqa: E402
+from pdlib import bench_spec, engines, plan, probe, processes, settings, tables, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
@@ -53,9 +54,10 @@ class ActionModule(ActionBase):
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
-        inherited = dict((current or {}).get("overrides", {})) if verb == "bench" else {}
+        as_deployed = verb in ("bench", "doctor")
+        inherited = dict((current or {}).get("overrides", {})) if as_deployed else {}
         inherited = {name: value for name, value in inherited.items() if name not in extra}
-        if verb == "bench" and current and "ratio" not in extra:
+        if as_deployed and current and "ratio" not in extra:
             inherited["ratio"] = current["ratio"]
         by_host: dict[str, dict[str, Any]] = {}
         for host in ours:
@@ -80,7 +82,7 @@ class ActionModule(ActionBase):
             groups=groups,
             cluster=cluster,
             hosts=by_host,
-            limit=frozenset(self._limited(task_vars)) if limit else None,
+            limit=frozenset(self._limited(task_vars)) if limit and verb != "doctor" else None,
             current=current,
             discovered=found,
             overrides={**inherited, **{k: v for k, v in extra.items() if self._is_override(k)}},
@@ -88,6 +90,8 @@ class ActionModule(ActionBase):
         facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb)}
         if verb != "teardown":
             planner = plan.Planner(inputs)
+            if verb == "doctor":
+                return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
             if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
                     "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
@@ -112,18 +116,53 @@ class ActionModule(ActionBase):
             self._check_files(made)
             if verb == "bench":
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
+                planner.check_python(clients[0])
+            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
+            if verb != "plan":
+                made["kv_probe"] = facts["pd_probe"]["known"]
             facts["pd_plan"] = made
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
             facts["pd_leaving"] = plan.leaving(current, made)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
-                display.display("\n" + tables.workers(made) + "\n")
+                display.display("\n" + tables.workers(made) + "\n" + facts["pd_probe"]["says"] + "\n")
         elif groups["bench_clients"]:
             facts["pd_bench"] = bench_spec.client(cluster, groups["bench_clients"][0], by_host, str(ROOT))
         result: dict[str, Any] = {"changed": False, **facts, **self._common(cluster)}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result
+
+    @staticmethod
+    def _probe(made: dict[str, Any], mode: str, current: dict[str, Any] | None, limit: frozenset[str] | None) -> dict[str, Any]:
+        """What the KV path probe has to do; what a host's engine is installed from is part of a path."""
+        name, locks = f"{made['engine']}-{made['engine_version']}", {}
+        for host, entry in made["hosts"].items():
+            steps = [step for row in entry["installs"] if row["name"] == name for step in row["requirements"]]
+            files = [ROOT / step.removeprefix("no-deps:") for step in steps]
+            # One that is not there is told of where it is installed.
+            texts = [file.read_bytes() for file in files if file.is_file()]
+            locks[host] = hashlib.sha256(b"\0".join(texts)).hexdigest()
+        reads = engines.engine(made["engine"]).kv_reads
+        return probe.work(made, (current or {}).get("kv_probe"), mode, limit, locks, reads)
+
+    @staticmethod
+    def _examined(planner: plan.Planner, ours: list[str]) -> dict[str, Any]:
+        """What doctor.yml looks at: the deployed plan, else the one that would be; that there is none is a finding, no end."""
+        current, refused = planner.inputs.current, ""
+        made: dict[str, Any] = {}
+        try:
+            made = planner.make()
+        except UserError as error:
+            refused = str(error)
+        shown = current or made
+        return {
+            "pd_plan": shown,
+            "pd_examined": {"deployed": bool(current), "refused": refused},
+            "pd_units": {host: units.host_units(shown, host) for host in shown.get("hosts", {})},
+            "pd_leaving": plan.leaving(current, made) if current and made else {},
+            "pd_accelerators": {host: planner.accelerated(host) for host in ours},
+        }
 
     @staticmethod
     def _check_files(made: dict[str, Any]) -> None:
@@ -151,7 +190,11 @@ class ActionModule(ActionBase):
 
     def _current(self, verb: str, task_vars: dict[str, Any], discovered: bool) -> dict[str, Any] | None:
         """The deployed plan: the router host's own once it was read, the controller's copy before."""
-        if discovered:
+        if discovered and verb == "doctor":
+            router = task_vars["hostvars"][task_vars["groups"]["router"][0]]
+            if "deployed" in router.get("__pd_found", {}):
+                return dict(router["__pd_found"]["deployed"]) or None
+        elif discovered:
             return task_vars.get("__pd_deployed", {}).get("plan") or None
         named = task_vars["hostvars"][task_vars["inventory_hostname"]].get("current_plan")
         path = Path(str(named)) if named else self._copy_path()
@@ -189,7 +232,8 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _host_facts(by_host: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        names = ("state_dir", "install_dir", "service_manager", "service_user", "venv_python", "wheelhouse")
+        names = ["state_dir", "install_dir", "service_manager", "service_user", "venv_python", "wheelhouse"]
+        names += ["model_dir", "cache_dir", "runtime", "engine_python", "mem_fraction"]
         return {host: {name: values[name] for name in names} for host, values in by_host.items()}
 
     def _owner(self, verb: str) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab.common import load
-from lab.controller import Controller, counts, forget, pids, router, sh, until
+from lab import network
+from lab.common import address, load
+from lab.controller import Controller, Play, counts, forget, pids, router, sh, until
 from lab.test_verbs import HOSTS, left, snapshot
 from real.make_tiny_model import KV_BYTES_PER_TOKEN
 
@@ -62,10 +64,38 @@ def bench(pd: Controller) -> int:
     pytest.fail(f"the machine was too busy for a valid run, three times: {faults}")
 
 
+def a_cut_path_stops_the_deployment(pd: Controller) -> None:
+    """Between the prefill and the decode host nothing goes; before an engine starts, that is said."""
+    network.partition("h1", "h2")
+    play = pd.play("deploy_pd.yml", timeout_s=500).bad()
+    network.heal()
+    assert f"prefill-0 (h1) {address('h1')} -> decode-0 (h2) {address('h2')}: on h1: " in play.words
+    assert f"likely cause: packets from h1 to {address('h2')} are dropped" in play.words
+    assert "BROKEN" in play.text
+    assert pids() == {}
+    for host in ("h1", "h2"):
+        assert sh(host, "pgrep -f '[p]robe_tool|[l]aunch_server'; true") == ""
+
+
+def the_path_was_tried(pd: Controller, play: Play) -> None:
+    """Mooncake moved bytes over the bridge, and what it did is kept with the plan."""
+    assert "KV path, mooncake_tcp:" in play.text
+    record = json.loads((pd.home / "results" / "kv_probe.json").read_text())
+    path = record["paths"][0]
+    assert (record["ok"], path["prefill"], path["decode"], path["seen"]) == (True, "prefill-0 (h1)", "decode-0 (h2)", "tcp")
+    print(f"KV path over the bridge: {path['gb_s']:.2f} GB/s, {path['latency_us']:.0f} us")
+    kept = json.loads(sh("h3", "cat /var/lib/pd/plan.json"))["kv_probe"]
+    assert [row["gb_s"] for row in kept.values()] == [path["gb_s"]]
+    again = pd.play("deploy_pd.yml").good()
+    assert "KV path probe: 1 of 1 paths are known" in again.text
+    assert set(again.changed.values()) == {0}
+
+
 def test_the_kv_cache_crosses_the_bridge(real: Controller) -> None:
     pd, before = real, {host: snapshot(host) for host in HOSTS}
 
-    pd.play("deploy_pd.yml", timeout_s=500).good()
+    a_cut_path_stops_the_deployment(pd)
+    the_path_was_tried(pd, pd.play("deploy_pd.yml", timeout_s=500).good())
     first = pids()
     assert sorted(first) == ["h1/pd-prefill-0.service", "h2/pd-decode-0.service", "h3/pd-router.service"]
     assert counts() == {"prefill": 1, "decode": 1}

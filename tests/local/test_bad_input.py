@@ -33,6 +33,11 @@ CASES = {
         "port is set by the plan",
         "worker_port_base",
     ),
+    "unknown flag of the router": (
+        ["-e", '{"router_args": {"request-timeout-sec": 5}}'],
+        "router_args: sglang-router 0.3.2 has no flag request-timeout-sec",
+        "did you mean request-timeout-secs?",
+    ),
     "no such engine file": (
         ["-e", '{"engine_files": ["no/experts.json"]}'],
         "engine_files has no/experts.json: No such file",

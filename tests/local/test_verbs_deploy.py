@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
 
-from local.conftest import Checkout
+from local.conftest import REPO, Checkout
 
 from pdlib import processes
 
@@ -102,12 +103,23 @@ def test_teardown_after_a_deploy_killed_half_way(clean: Checkout) -> None:
     assert clean.bound() == set()
 
 
-def test_purge_removes_the_installs(clean: Checkout) -> None:
-    clean.play("deploy_pd.yml").good()
-    # an install_dir of its own, so that the other tests keep theirs
-    own = clean.folder / ".pd" / "purged"
+def test_purge_removes_installs_and_compiled_kernels_and_a_teardown_shipped_files(clean: Checkout) -> None:
+    jit, shipped = clean.folder / ".pd" / "jit", "tests/data/README.md"
+    given = json.dumps({"cache_dir": str(jit), "engine_files": [shipped]})
+    assert f"made {jit}" in clean.play("deploy_pd.yml", "-e", given).good().text
+    for host in ("gh200", "a100"):
+        sent = clean.state(host) / "files" / "README.md"
+        assert sent.read_text() == (clean.folder / shipped).read_text()
+    again = clean.play("deploy_pd.yml", "-e", given).good()
+    assert again.changed == {"gh200": 0, "a100": 0}
     clean.play("teardown.yml").good()
+    assert not sent.exists()
+    assert jit.is_dir(), "compiled kernels stay without purge"
+    # an install_dir of its own, so that the other tests keep theirs; it knows of the folder
+    own = clean.folder / ".pd" / "purged"
     own.mkdir()
     (own / ".pd").write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
+    shutil.move(REPO / ".pd" / "test" / "verbs" / "caches", own / "caches")
     clean.play("teardown.yml", "-e", "purge=true", "-e", f"install_dir={own}").good()
     assert not own.exists()
+    assert not jit.exists()

@@ -145,8 +145,12 @@ def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None
         "bench_max_output_len": 24,
         "bench_concurrency": "1,2",
         "bench_num_requests": 24,
+        "bench_verify_outputs": 8,
     }
     run = bench(real, load)
+    (pair,) = json.loads((run / "evidence.json").read_text())["verify"]["pairs"]
+    assert (pair["error"], pair["prompts"], pair["wrong_prompts"], pair["wrong_tokens"]) == ("", 8, 0, 0)
+    assert pair["worst_nats"] < 0.1
     points = json.loads((run / "summary.json").read_text())["points"]
     assert [(point["concurrency"], point["completed"], point["failed"]) for point in points] == [(1, 24, 0), (2, 24, 0)]
     requests = pd.read_parquet(run / "requests.parquet")
@@ -176,6 +180,23 @@ def test_the_key_stands_nowhere(real: Real) -> None:
     logs = list((real.checkout.state("cpu") / "log").iterdir())
     assert any("api_key': '***'" in path.read_text(errors="replace") for path in logs)
     assert not [path for path in logs if KEY.encode() in path.read_bytes()]
+
+
+def test_a_wrong_kv_cache_makes_a_run_invalid(real: Real) -> None:
+    """Prefill sends wrong pages on purpose: only what was verified before the load shows it."""
+    env = {"PYTHONPATH": str(REPO / "tests" / "real" / "corrupt"), "PD_TEST_CORRUPT_KV": "all"}
+    real.play("deploy_pd.yml", "-e", json.dumps({"prefill_engine_env": env})).good()
+    load = {"bench_api": "generate", "bench_input_len": "64", "bench_output_len": "8", "bench_num_requests": 8}
+    load |= {"bench_concurrency": "1", "bench_verify_outputs": 4}
+    options = [item for name, value in load.items() for item in ("-e", f"{name}={value}")]
+    play = real.play("bench.yml", "-e", "ratio=1p1d", *options)
+    assert play.code != 0
+    verdict = json.loads((real.checkout.folder / "results" / "latest" / "validity.json").read_text())
+    faults = {check["id"]: check["message"] for check in verdict["checks"] if not check["ok"]}
+    # where other work keeps the client from its own, the gate says that, too
+    assert "kv-correct" in faults
+    assert set(faults) <= {"kv-correct", "client-loop", "client-on-time", "client-load"}
+    assert faults["kv-correct"].startswith("prefill-0 to decode-0: the KV cache of 4 of 4 prompts arrived wrong")
 
 
 def test_an_aggregated_server_gives_the_same_answers(real: Real, answers: list[list[int]]) -> None:

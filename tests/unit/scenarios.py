@@ -11,9 +11,8 @@ Words = dict[str, str]
 class Case:
     """One setup: the inventory, what is typed behind it, and the old command of every rank ((worker, rank) -> command).
 
-    ``router``: its command, or what it was given; ``transport``: what the KV cache should go over ("any": nobody knows);
-    ``ports``: worker -> port where ours is another one, because every host counts its own; ``extra_flags``/``extra_env``: what
-    the inventory adds to every worker, and the old setup had otherwise.
+    ``router``: its command, or what it was given; ``transport``: what the KV cache should go over;
+    ``extra_flags``/``extra_env``: what the inventory adds to every worker, and the old setup had otherwise.
     """
 
     name: str
@@ -25,7 +24,6 @@ class Case:
     router_host: str
     backend: str
     transport: str
-    ports: dict[str, str] = field(default_factory=dict)
     extra_flags: Words = field(default_factory=dict)
     extra_env: dict[str, Words] = field(default_factory=dict)
     engine: str = "sglang"
@@ -95,6 +93,8 @@ _R1_REVERSE_DECODE = (
     "--enable-two-batch-overlap --deepep-mode low_latency --mem-fraction-static 0.8 --max-running-requests 6144"
     " --context-length 4500 --cuda-graph-bs 128 --ep-num-redundant-experts 32"
 )
+#: The same mask for NCCL, which the old commands left to itself on workers of several hosts.
+_NCCL = {"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1,mlx5_3:1,mlx5_4:1"}
 #: The fork that was used has the number of layers in its code.
 _LAYERS = {"--json-model-override-args": '{"num_hidden_layers":20}'}
 
@@ -112,6 +112,8 @@ def _llama_case(name: str, how: str, backend: str, transport: str) -> Case:
         router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.31:30000 --decode http://192.0.2.31:30001"
         " --host 0.0.0.0 --port 8000",
         hosts=dict.fromkeys(commands, "llama"), router_host="llama", backend=backend, transport=transport,
+        # Told nothing, UCX would open every card of the host.
+        extra_env=dict.fromkeys(("prefill-0", "decode-0"), {"UCX_NET_DEVICES": "mlx5_roce0:1,eth0"} if backend == "nixl" else {}),
     )  # fmt: skip
 
 
@@ -126,14 +128,17 @@ def _v3(role: str, rank: int, how: str) -> str:
 
 
 def _v3_case(how: str, backend: str) -> Case:
+    # One mask for everything that opens RDMA devices; the page tells the transfer engine alone.
+    env = {"NCCL_IB_HCA": "=mlx5_0:1", "NVSHMEM_HCA_LIST": "mlx5_0"}
+    env |= {"UCX_NET_DEVICES": "mlx5_0:1,eth0"} if backend == "nixl" else {}
     places = {("prefill", 0): "p0", ("prefill", 1): "p1", ("decode", 0): "d0", ("decode", 1): "d1"}
     return Case(
         name=f"deepseek-v3-{backend}", inventory="deepseek-v3", typed=("-e", f"transfer_backend={backend}"),
         commands={(f"{role}-0", rank): _v3(role, rank, how) for role, rank in places},
         # The page starts no router for it; ours is where every inventory has one.
-        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.50:30000 --decode http://192.0.2.52:30000 --port 8000",
+        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.50:30000 --decode http://192.0.2.52:30001 --port 8000",
         hosts={(f"{role}-0", rank): host for (role, rank), host in places.items()}, router_host="p0",
-        backend=backend, transport="rdma", ports={"decode-0": "30000"},
+        backend=backend, transport="rdma", extra_env=dict.fromkeys(("prefill-0", "decode-0"), env),
     )  # fmt: skip
 
 
@@ -163,7 +168,7 @@ CASES = [
     Case(
         name="gh200-aggregated", inventory="gh200", typed=("-e", "ratio=agg"), commands={("aggregated-0", 0): _qwen(30000)},
         router=f"{ROUTER} --worker-urls http://192.0.2.79:30000 --port 8000",
-        hosts={("aggregated-0", 0): "gh200"}, router_host="gh200", backend="mooncake", transport="",
+        hosts={("aggregated-0", 0): "gh200"}, router_host="gh200", backend="none", transport="",
     ),
     Case(
         name="gh200-intra-node", inventory="gh200", typed=("-e", "ratio=1p1d"),
@@ -180,9 +185,9 @@ CASES = [
             ("prefill-0", 0): _qwen(30000, "prefill", "--disaggregation-ib-device mlx5_0"),
             ("decode-0", 0): _qwen(30001, "decode", "--disaggregation-ib-device mlx5_0"),
         },
-        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.79:30000 --decode http://192.0.2.80:30000 --port 8000",
+        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.79:30000 --decode http://192.0.2.80:30001 --port 8000",
         hosts={("prefill-0", 0): "gh200a", ("decode-0", 0): "gh200b"}, router_host="gh200a",
-        backend="mooncake", transport="rdma", ports={"decode-0": "30000"},
+        backend="mooncake", transport="rdma",
     ),
     Case(
         name="gh200-a100-inter-node", inventory="gh200-a100", typed=(),
@@ -206,7 +211,7 @@ CASES = [
             ("decode-0", 0): _r1("decode", 1, 0, _R1_DECODE, f"{_MASK} SGLANG_NUM_RESERVED_DECODE_TOKENS=130"),
         },
         router=_R1_LB, hosts={("prefill-0", 0): "n1", ("prefill-0", 1): "n2", ("prefill-0", 2): "n3", ("decode-0", 0): "n4"},
-        router_host="n1", backend="mooncake", transport="rdma", extra_flags=_LAYERS,
+        router_host="n1", backend="mooncake", transport="rdma", extra_flags=_LAYERS, extra_env={"prefill-0": _NCCL},
     ),
     Case(
         name="deepseek-r1-reverse", inventory="deepseek-r1-reverse", typed=(),
@@ -221,6 +226,8 @@ CASES = [
         },
         router=_R1_LB, hosts={("prefill-0", 0): "n1", ("decode-0", 0): "n4", ("decode-0", 1): "n2", ("decode-0", 2): "n3"},
         router_host="n1", backend="mooncake", transport="rdma", extra_flags=_LAYERS,
+        # The old prefill worker is one host and left out the mask, which DeepEP needs wherever it starts.
+        extra_env={"prefill-0": dict([_MASK.split("=")]), "decode-0": _NCCL},
     ),
     _llama_case("mooncake", "--disaggregation-ib-device mlx5_roce0", "mooncake", "rdma"),
     _llama_case("nixl", "--disaggregation-transfer-backend nixl", "nixl", "cuda_ipc"),
@@ -229,9 +236,8 @@ CASES = [
     Case(
         name="ascend", inventory="ascend", typed=(),
         commands={("prefill-0", 0): _ascend("prefill"), ("decode-0", 0): _ascend("decode")},
-        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.60:30000 --decode http://192.0.2.61:30000 --port 8000",
-        hosts={("prefill-0", 0): "npu0", ("decode-0", 0): "npu1"}, router_host="npu0", backend="ascend", transport="any",
-        ports={"decode-0": "30000"},
+        router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.60:30000 --decode http://192.0.2.61:30001 --port 8000",
+        hosts={("prefill-0", 0): "npu0", ("decode-0", 0): "npu1"}, router_host="npu0", backend="ascend", transport="hccs",
     ),
     Case(
         name="ascend-single-node", inventory="ascend-single-node", typed=(),
@@ -241,23 +247,23 @@ CASES = [
         },
         router=f"{ROUTER} --pd-disaggregation --prefill http://192.0.2.60:30000 --decode http://192.0.2.60:30001"
         " --host 0.0.0.0 --port 8000",
-        hosts={("prefill-0", 0): "npu0", ("decode-0", 0): "npu0"}, router_host="npu0", backend="ascend", transport="any",
+        hosts={("prefill-0", 0): "npu0", ("decode-0", 0): "npu0"}, router_host="npu0", backend="ascend", transport="hccs",
     ),
     Case(
         name="vllm-disaggregated", inventory="vllm-xpyd", typed=("-e", "ratio=1p1d"),
         commands={
             ("prefill-0", 0): _vllm("kv_producer", 1, 8100, 14580), ("decode-0", 0): _vllm("kv_consumer", 2, 8200, 14579),
         },
-        router="disagg_proxy_p2p_nccl_xpyd.py --prefill http://192.0.2.20:8100 --decode http://192.0.2.20:8101 --port 10001",
+        router="disagg_proxy_p2p_nccl_xpyd.py --prefill http://192.0.2.20:8100 --decode http://192.0.2.20:8200 --port 10001",
         hosts={("prefill-0", 0): "vllm", ("decode-0", 0): "vllm"}, router_host="vllm", backend="nixl", transport="cuda_ipc",
-        ports={"decode-0": "8101"}, engine="vllm",
+        engine="vllm",
     ),
     Case(
         name="vllm-aggregated", inventory="vllm-xpyd", typed=("-e", "ratio=agg"),
         commands={("aggregated-0", 0): _vllm("", 1, 9000, 0)},
         # The old server had no router; ours is where every inventory has one, so that both modes are measured alike.
-        router="none --worker-urls http://192.0.2.20:8100 --port 10001",
+        router="none --worker-urls http://192.0.2.20:9000 --port 10001",
         hosts={("aggregated-0", 0): "vllm"}, router_host="vllm", backend="none", transport="",
-        ports={"aggregated-0": "8100"}, engine="vllm",
+        engine="vllm",
     ),
 ]  # fmt: skip

@@ -52,7 +52,7 @@ def test_the_command_of_a_closed_loop(tmp_path: Path) -> None:
         "--output": "{dir}",
     }
     assert {flag: value(argv, flag) for flag in wanted} == wanted
-    for flag in ("--request-rate", "--trace", "--warmup", "--api-key-file", "--slo-ttft-ms"):
+    for flag in ("--request-rate", "--trace", "--warmup", "--verify-outputs", "--api-key-file", "--slo-ttft-ms"):
         assert flag not in argv
     assert made["client"] == "n1"
     assert made["results_dir"] == str(tmp_path / "results")
@@ -62,12 +62,13 @@ def test_the_command_of_a_closed_loop(tmp_path: Path) -> None:
 def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
     made = spec(
         tmp_path, bench_request_rate="4,8.5", bench_arrival="constant", bench_warmup=0, api_key="k", bench_slo_ttft_ms=200,
-        bench_slo_tpot_ms=30, bench_slo_e2e_ms=5000,
+        bench_verify_outputs=8, bench_slo_tpot_ms=30, bench_slo_e2e_ms=5000,
     )  # fmt: skip
     wanted = {
         "--request-rate": "4,8.5",
         "--arrival": "constant",
         "--warmup": "0",
+        "--verify-outputs": "8",
         "--slo-ttft-ms": "200.0",
         "--slo-tpot-ms": "30.0",
         "--slo-e2e-ms": "5000.0",

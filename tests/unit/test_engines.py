@@ -105,7 +105,7 @@ def test_vllm_says_by_its_own_variable_that_it_runs_on_cpus() -> None:
 
 
 def test_one_rdma_fabric_means_nixl_where_the_engine_has_nothing_else() -> None:
-    hosts = {n: host(i, rdma_fabric="infiniband", rdma_devices=["mlx5_0"]) for i, n in ((1, "n1"), (2, "n2"))}
+    hosts = {n: host(i, rdma_fabric="infiniband", rdma_devices=["mlx5_0"], tcp_device="eth0") for i, n in ((1, "n1"), (2, "n2"))}
     assert plan(hosts, "1p1d", **VLLM, prefill=["n1"], decode=["n2"])["transfer_backend"] == "nixl"
     assert plan(hosts, "1p1d", **SGLANG, prefill=["n1"], decode=["n2"])["transfer_backend"] == "mooncake"
     with pytest.raises(UserError, match="transfer_backend='mooncake': one of auto, nixl"):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from unit.gate_faults import expect
+from unit.runfolder import good
+
+from pdbench.gate.rundata import load
+from pdbench.gate.transport import transport
 from pdlib.errors import UserError
-from pdlib.fabric import Link, choose_backend, expected_transport
+from pdlib.fabric import Link, choose_backend, expected_transport, forces_tcp
 
 ENGINE = ("nixl", "mooncake", "mooncake_tcp")
 IB, IB2 = Link("infiniband", ("mlx5_0",)), Link("infiniband", ("mlx5_3",))
@@ -84,3 +90,27 @@ def test_auto_never_promises_what_it_does_not_expect(a: Link, b: Link) -> None:
     transport = expected_transport(backend, "a", "b", links, on_cpu=False)
     assert ("TCP" in reason) == (transport == "tcp"), (reason, transport)
     assert (backend == "mooncake") == (transport == "rdma")
+
+
+def test_mooncake_goes_over_nvlink_within_a_host_where_it_was_told_to() -> None:
+    links = {"a": Link("none", ()), "b": Link("none", ())}
+    env = {"MC_INTRANODE_NVLINK": "1"}
+    assert expected_transport("mooncake", "a", "a", links, False, env) == "cuda_ipc"
+    assert expected_transport("mooncake", "a", "b", links, False, env) == "tcp"
+    assert expected_transport("mooncake", "a", "a", links, False, {}) == "tcp"
+    assert expected_transport("mooncake_tcp", "a", "a", links, False, env) == "tcp"
+    assert not forces_tcp("mooncake", [("a", "a")], links, [env])
+    assert forces_tcp("mooncake", [("a", "a"), ("a", "b")], links, [env, env])
+    assert forces_tcp("mooncake", [("a", "a")], links, [{}])
+
+
+def test_the_gate_knows_the_fabric_between_npus(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    expect(run, "hccs")
+    found = transport(load(run.write(tmp_path / "unseen")))
+    assert found.ok
+    assert "memfabric nowhere" in found.message
+    run.logs["gh200-pd-prefill-0.log"] = "Using TCP transport (no HCA detected)"
+    found = transport(load(run.write(tmp_path / "tcp")))
+    assert not found.ok
+    assert "prefill-0 to decode-0: tcp seen (log of prefill-0), hccs expected" in found.message

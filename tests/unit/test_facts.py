@@ -13,40 +13,17 @@ from pdlib.errors import UserError
 
 
 def test_gpus_are_parsed() -> None:
-    text = "0, NVIDIA H200, 143771\n1, NVIDIA GH200 480GB, 97871\n\n"
+    text = "0, NVIDIA H200, 143771, 00000000:1B:00.0\n1, NVIDIA GH200 480GB, 97871\n\n"
     assert facts.parse_gpus(text) == [
-        {"index": 0, "name": "NVIDIA H200", "memory_mib": 143771},
-        {"index": 1, "name": "NVIDIA GH200 480GB", "memory_mib": 97871},
+        {"index": 0, "name": "NVIDIA H200", "memory_mib": 143771, "pci": "0000:1b:00.0"},
+        {"index": 1, "name": "NVIDIA GH200 480GB", "memory_mib": 97871, "pci": ""},
     ]
     assert facts.parse_gpus("") == []
 
 
 def test_a_gpu_that_does_not_tell_its_memory_is_still_one() -> None:
-    assert facts.parse_gpus("0, NVIDIA GB10, [N/A]\n") == [{"index": 0, "name": "NVIDIA GB10", "memory_mib": 0}]
-
-
-def device(root: Path, name: str, *ports: tuple[str, str]) -> None:
-    for number, (state, layer) in enumerate(ports, 1):
-        folder = root / name / "ports" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "state").write_text(state + "\n")
-        (folder / "link_layer").write_text(layer + "\n")
-
-
-def test_rdma_devices_with_state_and_fabric(tmp_path: Path) -> None:
-    device(tmp_path, "mlx5_0", ("4: ACTIVE", "InfiniBand"))
-    device(tmp_path, "mlx5_1", ("4: ACTIVE", "Ethernet"))
-    device(tmp_path, "mlx5_2", ("1: DOWN", "InfiniBand"))
-    device(tmp_path, "mlx5_3", ("1: DOWN", "InfiniBand"), ("4: ACTIVE", "Ethernet"))
-    (tmp_path / "mlx5_4").mkdir()
-    (tmp_path / "mlx5_5" / "ports" / "1").mkdir(parents=True)
-    assert facts.rdma(tmp_path) == {
-        "mlx5_0": {"port": 1, "state": "ACTIVE", "fabric": "infiniband"},
-        "mlx5_1": {"port": 1, "state": "ACTIVE", "fabric": "roce"},
-        "mlx5_2": {"port": 1, "state": "DOWN", "fabric": "infiniband"},
-        "mlx5_3": {"port": 2, "state": "ACTIVE", "fabric": "roce"},
-    }
-    assert facts.rdma(tmp_path / "absent") == {}
+    (card,) = facts.parse_gpus("0, NVIDIA GB10, [N/A], 0000000F:01:00.0\n")
+    assert (card["index"], card["memory_mib"], card["pci"]) == (0, 0, "000f:01:00.0")
 
 
 def tool(folder: Path, name: str, text: str) -> None:
@@ -57,17 +34,21 @@ def tool(folder: Path, name: str, text: str) -> None:
 
 def test_gather_asks_the_hosts_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, "nvidia-smi", "echo '0, NVIDIA A100, 81920'; echo '3, NVIDIA A100, 81920'\n")
-    rows = "1: lo    inet 127.0.0.1/8 scope host lo\\n2: eth0    inet6 ::1/128 scope global"
+    rows = (
+        "1: lo    inet 127.0.0.1/8 scope host lo\\n2: eth0    inet6 2001:db8::1/64 scope global\\n3: br0@if7    inet 127.0.0.1/8"
+    )
     tool(tmp_path, "ip", f"printf '{rows}\\n'\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = facts.gather(True)
     assert found["gpus"] == [0, 3]
     assert found["gpu_cards"][1]["memory_mib"] == 81920
-    assert found["addresses"] == ["127.0.0.1", "::1"]
+    assert found["addresses"] == ["127.0.0.1", "2001:db8::1"]
+    assert found["netdevs"] == {"127.0.0.1": "lo", "2001:db8::1": "eth0"}
     assert found["service_manager"] in ("systemd", "supervisord")
     assert isinstance(found["rdma"], dict)
-    assert set(facts.gather(False)) <= {"service_manager", "python", "addresses", "default_address"}
-    assert set(facts.gather(False)).isdisjoint({"gpus", "gpu_cards", "rdma"})
+    assert set(found["peermem"]) == {"module", "dmabuf", "kernel", "driver"}
+    assert set(facts.gather(False)) <= {"service_manager", "python", "addresses", "netdevs", "default_address"}
+    assert set(facts.gather(False)).isdisjoint({"gpus", "gpu_cards", "rdma", "peermem"})
 
 
 def test_a_host_without_tools_or_with_a_broken_driver_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +70,14 @@ def test_another_python_says_the_same_of_itself_and_one_that_is_not_there_is_nam
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(UserError, match="there is no such Python"):
         facts.python(str(tmp_path / "python"))
+
+
+def test_newer_pythons_beside_an_old_one_are_named_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("python3", "python3.8", "python3.11", "python3.12", "python3.14"):
+        tool(tmp_path, name, "exit 0\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.newer_pythons() == [str(tmp_path / "python3.12"), str(tmp_path / "python3.11")]
+    assert facts.gather(False)["python"]["others"] == facts.newer_pythons()
 
 
 def test_stamps_of_virtualenvs_are_found(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import argparse
 import enum
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,107 @@ def test_an_engine_is_read_without_what_it_imports(tmp_path: Path) -> None:
     assert "--enable-deepep-moe" in table["removed"]
 
 
+def wheel(path: Path, files: dict[str, str]) -> None:
+    """Write a wheel with these files, and one that is no text."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in {**files, "kernels/huge.so": "\x7fELF"}.items():
+            archive.writestr(name, text)
+
+
+#: What vLLM's parser is made of, in small: its argument module needs a device, and is found under its old name up to 0.32.
+VLLM = {
+    "vllm/__init__.py": "raise RuntimeError('not without a GPU')\n",
+    "vllm/platforms.py": "current_platform = None\n",
+    "vllm/utils/__init__.py": "",
+    "vllm/utils/argparse_utils.py": "import argparse\nclass FlexibleArgumentParser(argparse.ArgumentParser): ...\n",
+    "vllm/entrypoints/__init__.py": "import torch\n",
+    "vllm/entrypoints/{}/__init__.py": "",
+    "vllm/entrypoints/{}/cli_args.py": "import torch, sys\n"
+    "from vllm.platforms import current_platform\n"
+    "def make_arg_parser(parser):\n"
+    "    parser.add_argument('--device', default=current_platform.device_type)\n"
+    "    if '--help' in sys.argv:\n"
+    "        parser.add_argument('--max-model-len', type=int, help='Longest context.')\n",
+}
+
+
+@pytest.mark.parametrize(("version", "folder"), [("0.33.0", "common"), ("0.32.0", "launchers")])
+def test_a_version_is_downloaded_unpacked_and_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, folder: str
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    unpacked: set[str] = set()
+
+    def pip(*arguments: str) -> None:
+        """Put the wheel where pip would, and nothing where records of its own would go."""
+        asked.append(arguments)
+        place = Path(arguments[arguments.index("-d" if arguments[0] == "download" else "--target") + 1])
+        if arguments[0] == "download":
+            name = arguments[-1].replace("-", "_").replace("==", "-")
+            wheel(place / f"{name}-cp311-abi3-linux_x86_64.whl", {file.format(folder): text for file, text in VLLM.items()})
+        else:
+            unpacked.update(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+
+    monkeypatch.setattr(flag_table, "pip", pip)
+    monkeypatch.setattr(flag_table, "TABLES", tmp_path)
+    flag_table.make("vllm", version)
+    download, install = asked
+    assert download[-1] == flag_table.SOURCES["vllm"].versions[version]
+    assert "--no-deps" in download
+    assert set(install[3:]) == set(flag_table.SOURCES["vllm"].needs)
+    assert unpacked == {name.format(folder) for name in VLLM}, "kernels are left in the wheel, and the wheel goes"
+    made = json.loads((tmp_path / f"vllm-{version}.json").read_text())
+    assert (made["engine"], made["version"]) == ("vllm", version)
+    assert made["source"] == f"wheel {download[-1].replace('==', ' ')}"
+    assert [(row["flag"], row["type"], row["default"]) for row in made["flags"]] == [
+        ("--device", "str", "cuda"),
+        ("--max-model-len", "int", None),
+    ]
+
+
+def test_a_parser_that_could_not_be_read_makes_no_empty_table(tmp_path: Path) -> None:
+    package = tmp_path / "smg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "router_args.py").write_text(
+        "class RouterArgs:\n    @staticmethod\n    def add_cli_args(parser, use_router_prefix): ...\n"
+    )
+    done = subprocess.run([sys.executable, str(TOOL), "smg", str(tmp_path), "1"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "smg 1 tells of no flag" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_download_that_fails_is_told_by_its_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pip(*arguments: str) -> None:
+        raise subprocess.CalledProcessError(1, ["pip", *arguments])
+
+    monkeypatch.setattr(flag_table, "pip", pip)
+    monkeypatch.setattr(flag_table, "write", lambda path, made: None)
+    assert flag_table.main(["--all"]) == 1
+    assert re.search(r"^flag_table: pip download .*: exit status 1$", capsys.readouterr().err, re.M)
+
+
+def test_a_router_is_asked_with_its_own_library_for_choices(tmp_path: Path) -> None:
+    package = tmp_path / "sglang_router"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('not needed')\n")
+    (package / "sglang_router_rs.py").write_text("def parsers():\n    return ['qwen', 'json']\n")
+    (package / "router_args.py").write_text(
+        "from sglang_router.sglang_router_rs import parsers\n"
+        "class RouterArgs:\n    @staticmethod\n    def add_cli_args(parser, use_router_prefix):\n"
+        "        parser.add_argument('--policy', choices=['random', 'manual'])\n"
+        "        parser.add_argument('--tool-call-parser', choices=parsers())\n"
+    )
+    command = [sys.executable, str(TOOL), "sglang-router", str(tmp_path), "0.3.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = {row["flag"]: row["choices"] for row in json.loads(done.stdout)["flags"]}
+    assert rows == {"--policy": ["random", "manual"], "--tool-call-parser": ["json", "qwen"]}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["--all", "sglang", "folder", "1"], ["vllm", "folder"], ["sglang", "no-such-folder", "0.5.23"], ["trt", ".", "1"]],
@@ -135,11 +238,11 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     ("engine", "version"), [(engine, version) for engine, source in flag_table.SOURCES.items() for version in source.versions]
 )
 def test_tables_hold_each_spelling_once(engine: str, version: str) -> None:
-    path = flag_table.TABLES / f"{engine}-{version}.json"
+    path, least = flag_table.path_of(engine, version), 60 if flag_table.SOURCES[engine].router else 400
     raw = json.loads(path.read_text())
     assert (raw["engine"], raw["version"]) == (engine, version)
     spellings = [option for each in raw["flags"] for option in (each["flag"], *each["aliases"])]
-    assert len(spellings) == len(set(spellings)) > 400
+    assert len(spellings) == len(set(spellings)) > least
     assert not set(spellings) & set(raw["removed"])
     assert {each["type"] for each in raw["flags"]} <= {"bool", "int", "float", "str", "json"}
     assert path.read_text().count("\n{") == len(raw["flags"])

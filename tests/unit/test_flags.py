@@ -14,6 +14,7 @@ from unit.plans import write_flag_tables
 
 from pdlib import engines, flags
 from pdlib.errors import UserError
+from pdlib.fabric import IB_DEVICE, Setting
 
 SHIPPED = sorted(Path(flags.__file__).with_name("flags").glob("*.json"))
 OWNED = {"port": "worker_port_base", "tp-size": "tensor_parallel_size"}
@@ -83,6 +84,25 @@ def test_good_values_pass_as_they_are(table: flags.FlagTable, args: dict[str, An
     assert flags.canonical(table, args, "w", OWNED) == args
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("attn-dp-size", 8, ["sglang 0.5.17 has no flag attn-dp-size; 0.5.23 has it", "in place of enable-dp-attention",
+         "(use --attn-dp-size <dp-size>)", "write it as 0.5.17 does", "or set engine_version=0.5.23"]),
+        ("attention_data_parallel_size", 8, ["has no flag attention_data_parallel_size; 0.5.23 has it"]),
+        ("enable-pd-role-switch", True, ["0.5.23 has it, and none does the same here: leave it out"]),
+        ("attn-dp-sise", 8, ["has no flag attn-dp-sise"]),
+    ],
+)  # fmt: skip
+def test_a_flag_of_another_version_is_told_with_that_version(name: str, value: Any, parts: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        flags.canonical(flags.load("sglang", "0.5.17"), {name: value}, "engine_args (host n1)", {})
+    for part in parts:
+        assert part in str(refused.value)
+    # and the old way is one that the old version takes
+    assert flags.canonical(flags.load("sglang", "0.5.17"), {"enable-dp-attention": True, "dp-size": 8}, "w", {})
+
+
 NAME = st.from_regex(r"[a-z]{1,8}(-[a-z]{1,8})?", fullmatch=True)
 WORD = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).filter(lambda s: not s.startswith("-"))
 
@@ -130,7 +150,8 @@ def test_shipped_tables_have_what_the_plan_sets(path: Path) -> None:
             role=role, python="p", state_dir="s", model="m", served_model_name="n", listen="127.0.0.1", port=1,
             bootstrap_port=2 if role == "prefill" else None, side_channel_port=3, cache_dir="/c",
             tensor_parallel_size=2, nodes=2, node_rank=1, dist_init="a:1",
-            transfer_backend="mooncake", node="n", rdma_fabric="roce", rdma_devices=["mlx5_0"], tcp_device="eth0", gpus=[0],
+            transfer_backend="mooncake", node="n", rdma_fabric="roce", gpus=[0],
+            fabric=[Setting(IB_DEVICE, "mlx5_0", "")] if engine == "sglang" else [],
             mem_fraction=0.5, profile="tiny", api_key=True, address="127.0.0.1",
         )  # fmt: skip
         for name in facts.flags(context):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from unit.gate_faults import KV_CHECKS, LIVE, SPOILT, expect, fail_a_request, lagging_loop, tell_kv_bytes
+from unit.gate_faults import KV_CHECKS, LIVE, SPOILT, expect, fail_a_request, lagging_loop, tell_kv_bytes, verify
 from unit.runfolder import KV_BYTES, Run, good
 
 from pdbench.cli import main
@@ -59,6 +59,25 @@ def test_the_page_says_what_the_tests_show() -> None:
         [sys.executable, str(ROOT / "tools" / "docs_validity.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_kv_cache_that_was_verified(tmp_path: Path) -> None:
+    def verdict(run: Run, name: str) -> Check:
+        (found,) = [check for check in verdicts(run, tmp_path / name) if check.id == "kv-correct"]
+        return found
+
+    assert verdict(good(), "off").message == "not checked (bench_verify_outputs is 0)"
+    run = good()
+    verify(run)
+    assert verdict(run, "on").ok
+    assert verdict(run, "on").message.startswith(
+        "2 prompts over each of 3 pairs: the answers are the prefill workers' own, within 0.01"
+    )
+    # an engine whose prefill workers cannot be asked: said, and no failure
+    run.evidence["verify"] = {"prompts": 2, "reason": "this engine has no such request", "pairs": []}
+    found = verdict(run, "unable")
+    assert found.ok
+    assert found.evidence["caution"] == "whether the KV cache arrives right was not checked: this engine has no such request"
 
 
 @pytest.mark.parametrize("name", ["plan.json", "requests.parquet", "summary.json", "evidence.json"])
@@ -294,6 +313,14 @@ def test_the_command_writes_the_verdict_and_says_it(tmp_path: Path, capsys: pyte
     assert main(["gate", str(tmp_path)]) == 0
     assert (tmp_path / "validity.json").read_text() == first
     assert capsys.readouterr().out == said
+
+
+def test_the_last_lines_say_that_the_model_was_cut_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = good()
+    run.plan["truncated"] = "json-model-override-args cuts the model down to 20 layers"
+    assert main(["gate", str(run.write(tmp_path))]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("note  the model is not whole: json-model-override-args cuts the model down to 20 layers\nVALID\n")
 
 
 def test_the_command_names_the_point_of_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

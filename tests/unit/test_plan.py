@@ -17,7 +17,7 @@ from unit.plans import KEY, Json, h200, host, inputs, plan, write_flag_tables
 
 from pdlib import flags, tables, units
 from pdlib.errors import UserError
-from pdlib.plan import GROUPS, Planner, check_group_names, inventory_id, make_plan
+from pdlib.plan import GROUPS, Planner, check_group_names, inventory_id, leaving, make_plan
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -257,7 +257,7 @@ def refusal(*args: Any, **options: Any) -> str:
             ["decode_engine_args (host n", "port is set by the plan", "worker_port_base"],
         ),
         ({"engine": "sglang", "model": "m", "engine_args": {"enable-deepep-moe": True}}, ["any more", "moe-a2a-backend"]),
-        ({"router_args": {"pd_disaggregation": True}}, ["router_args: pd-disaggregation is set by the plan", "ratio"]),
+        ({"router_args": {"pd_disaggregation": True}}, ["router_args: pd_disaggregation is set by the plan", "ratio"]),
         ({"runtime": "existing"}, ["host n1: runtime is existing", "engine_python"]),
         ({"prefill_gpus": [0, 9]}, ["host n1: prefill_gpus=[0, 9]", "gpus=[0, 1, 2, 3]"]),
         ({"ratio": "7p2d"}, ["ratio 7p2d does not fit", "prefill_nodes: needs 7 x 1 GPU(s); GPUs by host: n1 4 and n2 4",
@@ -298,6 +298,34 @@ def test_an_absent_group_is_an_error_and_an_empty_one_is_not() -> None:
 
 
 # ---------------------------------------------------------------- --limit
+
+
+def test_a_backend_is_checked_also_where_no_kv_cache_moves() -> None:
+    made = plan({"n1": host(1)}, "2agg", transfer_backend="mooncake")
+    assert (made["transfer_backend"], made["transfer_backend_reason"]) == ("none", "aggregated workers move no KV cache")
+    with pytest.raises(UserError, match="did you mean mooncake"):
+        plan({"n1": host(1)}, "2agg", transfer_backend="mooncke")
+
+
+def test_a_role_may_count_its_ports_from_elsewhere() -> None:
+    bases = {"worker_port_base": 9000, "prefill_worker_port_base": 8100, "decode_worker_port_base": 8200}
+    hosts = {"n1": host(1, 8)}
+
+    def found(made: Json) -> dict[str, int]:
+        return {worker["name"]: worker["ranks"][0]["port"] for worker in made["workers"]}
+
+    made = plan(hosts, "2p2d", **bases)
+    assert found(made) == {"prefill-0": 8100, "prefill-1": 8101, "decode-0": 8200, "decode-1": 8201}
+    assert found(plan(hosts, "2agg", **bases)) == {"aggregated-0": 9000, "aggregated-1": 9001}
+    # a role without one of its own counts with all; a kept worker whose base moved away does not keep its port
+    assert found(plan(hosts, "1p1d", decode_worker_port_base=31000)) == {"prefill-0": 30000, "decode-0": 31000}
+    moved = {**bases, "decode_worker_port_base": 8300}
+    assert found(plan(hosts, "2p2d", current=made, **moved)) == {
+        "prefill-0": 8100, "prefill-1": 8101, "decode-0": 8300, "decode-1": 8301,
+    }  # fmt: skip
+    # bases that meet: no port twice
+    close = {"prefill_worker_port_base": 8100, "decode_worker_port_base": 8101}
+    assert sorted(found(plan(hosts, "2p2d", **close)).values()) == [8100, 8101, 8102, 8103]
 
 
 def test_limit_without_the_router_says_what_to_type() -> None:
@@ -414,7 +442,7 @@ def test_what_is_auto_is_filled_in() -> None:
         (
             {"rdma_fabric": "infiniband", "rdma_devices": ["mlx5_1"]},
             found(0, 1, 2, 3, mlx5_0=("ACTIVE", "infiniband"), mlx5_1=("DOWN", "infiniband")),
-            "rdma_devices names mlx5_1; the host has mlx5_0 (active) and mlx5_1 (down)",
+            "rdma_devices names mlx5_1; the host has mlx5_0 (active, infiniband) and mlx5_1 (down, infiniband)",
         ),
         ({"rdma_fabric": "roce", "rdma_devices": ["mlx5_1"]}, found(0, 1, 2, 3), "the host has no RDMA device"),
     ],
@@ -531,3 +559,11 @@ def test_a_host_outside_the_limit_is_as_it_was_deployed_where_nothing_is_declare
     assert again["hosts"] == before["hosts"]
     with pytest.raises(UserError, match="n2"):
         plan(hosts, "1p1d", limit=["n1"], **roles)
+
+
+def test_a_plan_that_is_deployed_again_leaves_no_worker_behind() -> None:
+    """The deployed plan comes back from a file, where the keys of an environment have another order."""
+    made = plan({"n1": host(1)}, "1p1d", engine="sglang", model="m", engine_env={"A": "1"})
+    assert leaving(json.loads(json.dumps(made, sort_keys=True)), made) == {}
+    changed = plan({"n1": host(1)}, "1p1d", engine="sglang", model="m", engine_env={"A": "1"}, decode_engine_env={"A": "2"})
+    assert list(leaving(json.loads(json.dumps(changed, sort_keys=True)), made)) == ["decode-0"]

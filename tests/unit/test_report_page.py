@@ -54,7 +54,8 @@ class Page(HTMLParser):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the plots out: they have their own tests, and take seconds."""
     for module in ("cli", "page"):
-        monkeypatch.setattr(f"pdbench.report.{module}.draw", lambda name, sheet, *kinds: [b"<svg/>" for _ in kinds])
+        drawn = f"pdbench.report.{module}.draw"
+        monkeypatch.setattr(drawn, lambda name, sheet, *kinds: [f"<svg>{sheet.note}</svg>".encode() for _ in kinds])
 
 
 def report(run: Run, folder: Path, gate: bool = True) -> Page:
@@ -71,7 +72,7 @@ def test_a_valid_run_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
     page = report(run, tmp_path / "run-7")
     assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'run-7' / 'report.html'}\n")
     for sentence in (
-        "Valid. All 41 checks passed",
+        "Valid. All 42 checks passed",
         "3p1d: 3 prefill workers and 1 decode worker of sglang 0.5.23, serving Qwen/Qwen2.5-3B-Instruct as qwen, "
         "on 4 GPUs of 2 hosts (gh200, a100).",
         "The KV cache moves with nixl, expected over TCP for 3 prefill-decode pairs: gh200 is infiniband and a100 is roce: "
@@ -101,6 +102,10 @@ def test_a_model_that_was_cut_down_is_said(tmp_path: Path) -> None:
     assert (
         "The model is not whole: json-model-override-args cuts the model down to 20 layers. Nothing here holds for Qwen" in said
     )
+    assert "The model is not whole. Here json-model-override-args cuts" in said.partition("What was deployed")[0]
+    # a figure may be shown without the page
+    assert "the model is not whole: json-model-override-args cuts" in (tmp_path / "cut" / "ttft.svg").read_text()
+    assert "not whole" not in (tmp_path / "whole" / "ttft.svg").read_text()
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from unit.plans import Json, host, plan
+from unit.plans import Json, host, inputs, plan
 
-from pdlib import routers, units
+from pdlib import flags, routers, units
 from pdlib.errors import UserError
+from pdlib.plan import Planner
 
 TWO = {"n1": host(1), "n2": host(2)}
 VLLM: dict[str, Any] = {"engine": "vllm", "model": "m"}
 SGLANG: dict[str, Any] = {"engine": "sglang", "model": "m"}
+RANDOM = {"router_policy": "random"}
 
 
 def tail(made: Json) -> list[str]:
@@ -146,6 +148,56 @@ def test_the_debugging_balancer_is_a_flag_of_sglang_router() -> None:
 def test_what_the_plan_sets_is_no_router_argument(name: str) -> None:
     with pytest.raises(UserError, match=r"router_args: .* is set by the plan; set"):
         plan(TWO, "1p1d", **VLLM, router="vllm-router", router_args={name: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({**SGLANG, "router_args": {"request-timeout-sec": 5}},
+         ["router_args: sglang-router 0.3.2 has no flag request-timeout-sec", "did you mean request-timeout-secs?"]),
+        ({**SGLANG, "router_args": {"request_timeout_secs": "soon"}}, ["router_args: request-timeout-secs='soon': expected int"]),
+        ({**SGLANG, "router_args": {"log_level": "loud"}}, ["router_args: log-level='loud': one of debug, info"]),
+        ({**SGLANG, "router_args": {"disable-retries": "yes"}}, ["disable-retries is a switch; give true or false"]),
+        ({**SGLANG, "router": "smg", "router_args": {"mini-lb": True}}, ["mini-lb is set by the plan; set router"]),
+        ({**SGLANG, "router_args": {"assignment-mode": "min_lod"}}, ["one of random, min_load", "did you mean min_load?"]),
+        ({**VLLM, "router": "vllm-router", "router_args": {"assignment-mode": "random"}}, ["vllm-router 0.1.17 has no flag"]),
+    ],
+)  # fmt: skip
+def test_what_the_router_has_not_is_refused(options: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        plan(TWO, "1p1d", **options)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_wrong_router_arguments_are_refused_before_hosts_say_what_they_have() -> None:
+    unknown = {"n1": {"gpus": "auto"}, "n2": {"gpus": "auto"}}
+    with pytest.raises(UserError, match=r"router_args: sglang-router 0\.3\.2 has no flag retris"):
+        Planner(inputs(unknown, "1p1d", **SGLANG, router_args={"retris": 1})).check_flags()
+
+
+def test_good_router_arguments_stand_in_the_routers_spelling_and_before_its_members() -> None:
+    argv = tail(plan(TWO, "1p1d", **SGLANG, router_args={"request_timeout_secs": 600, "disable_retries": True}))
+    assert argv[argv.index("--request-timeout-secs") + 1] == "600"
+    assert argv.index("--disable-retries") < argv.index("--prefill")
+
+
+@pytest.mark.parametrize("name", routers.ROUTERS)
+@pytest.mark.parametrize("disaggregated", [True, False])
+def test_the_recorded_parser_of_a_router_takes_what_the_plan_sets(name: str, disaggregated: bool) -> None:
+    facts = routers.ROUTERS[name]
+    if not (disaggregated or facts.aggregated):
+        return
+    table = flags.load_router(facts.package, facts.version)
+    ratio = "1p1d" if disaggregated else "2agg"
+    options: dict[str, Any] = {"router_policy": facts.policies[-1], "router_decode_policy": facts.policies[0]}
+    made = plan(TWO, ratio, engine=facts.engines[0], model="m", router=name, **(options if name != "mini-lb" else {**RANDOM}))
+    given = [item.removeprefix("--") for item in tail(made) if item.startswith("--")]
+    assert not [flag for flag in given if flag not in table.flags]
+    assert not [flag for flag in given if table.flags[flag]["deprecated"]]
+    assert set(facts.policies) <= set(table.flags["policy"]["choices"]), "a policy that it has not"
+    if disaggregated and facts.prefill_policies:
+        assert set(facts.prefill_policies) <= set(table.flags["prefill-policy"]["choices"])
 
 
 def identity(made: Json) -> str:

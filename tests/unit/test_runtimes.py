@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.plans import Json, host, plan
+from unit.plans import Json, host, inputs, plan
 
 from pdlib import containers, images, provision, runtimes, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
+from pdlib.plan import Planner
 from pdlib.reconcile import Outcome
 
 DIGEST = "sha256:" + "0a" * 32
@@ -74,7 +75,8 @@ def ranks(made: Json) -> list[Json]:
 def sglang(runtime: str, ratio: str = "1p1d", **own: Any) -> Json:
     """A plan on one host with GPUs 4 to 7, two a worker."""
     settings: Json = {"runtime": runtime, "service_manager": "systemd", **({"engine_image": IMAGE} if runtime != "venv" else {})}
-    settings.update({"rdma_fabric": "roce", "rdma_devices": ["mlx5_0"], "address": "127.0.0.1", "gpus": [4, 5, 6, 7], **own})
+    settings.update({"rdma_fabric": "roce", "rdma_devices": ["mlx5_0"], "tcp_device": "eth0", "gpus": [4, 5, 6, 7]})
+    settings.update({"address": "127.0.0.1", **own})
     return plan({"n1": settings}, ratio, engine="sglang", model="Qwen/Qwen2.5-3B-Instruct", tensor_parallel_size=2)
 
 
@@ -122,12 +124,19 @@ def test_rdma_limits_and_shared_memory() -> None:
     without = ranks(sglang("docker", rdma_fabric="none", rdma_devices=None))[0]["container"]["argv"]
     assert "/dev/infiniband" not in without
     # podman refuses a size together with the host's IPC, and docker ignores it
-    own = ranks(sglang("podman", engine_shm_size="32g"))[0]["container"]["argv"]
+    own = ranks(sglang("podman", "agg", engine_shm_size="32g"))[0]["container"]["argv"]
     assert values(own, "--shm-size") == ["32g"]
     assert "--ipc" not in own
     # without root podman may not raise limits
     assert "--ulimit" not in ranks(sglang("podman", service_manager="supervisord"))[0]["container"]["argv"]
     assert ranks(sglang("podman", engine_container_args=["--device", "/dev/gdrdrv"]))[0]["container"]["argv"].count("/dev/gdrdrv")
+
+
+def test_shared_memory_of_its_own_is_refused_where_the_kv_cache_needs_the_hosts() -> None:
+    said = r"host n1: engine_shm_size=32g takes containers out of .* no CUDA IPC joins prefill-0 and decode-0: leave it out"
+    with pytest.raises(UserError, match=said):
+        sglang("docker", engine_shm_size="32g")
+    assert ranks(sglang("venv", engine_shm_size="32g")), "it says nothing to processes outside containers"
 
 
 def test_values_of_the_environment_stay_out_of_the_command_line() -> None:
@@ -418,8 +427,19 @@ def test_a_python_that_virtualenvs_cannot_be_made_with_is_refused(version: str, 
         assert wanted in str(refused.value)
 
 
-def test_a_container_host_needs_no_python_of_its_own() -> None:
-    old = {"python": {"path": "/usr/bin/python3", "version": "3.9.2", "others": []}}
+def test_a_container_host_needs_no_python_of_its_own_but_for_the_load_generator() -> None:
+    old = {"python": {"path": "/usr/bin/python3", "version": "3.8.10", "others": []}}
     hosts = {"n1": host(1), "n2": host(2, runtime="docker", engine_image=IMAGE, service_manager="systemd")}
-    made = plan(hosts, "agg", engine="sglang", model="m", prefill=["n2"], decode=["n2"], router=["n1"], discovered={"n2": old})
-    assert made["hosts"]["n2"]["installs"] == []
+    options: Json = {"engine": "sglang", "model": "m", "prefill": ["n2"], "decode": ["n2"], "router": ["n1"]}
+    planner = Planner(inputs(hosts, "agg", **options, clients=["n2"], discovered={"n2": old}))
+    assert planner.make()["hosts"]["n2"]["installs"] == []
+    with pytest.raises(UserError, match=r"host n2: /usr/bin/python3 is Python 3\.8\.10, .*: install one"):
+        planner.check_python("n2")
+    Planner(inputs(hosts, "agg", **options)).check_python("n2")
+
+
+def test_a_system_python_that_is_too_old_is_passed_by_with_a_newer_one_beside_it() -> None:
+    new = {"n1": {"python": {"path": "/usr/bin/python3.12", "version": "3.12.3", "others": ["/usr/bin/python3.12"]}}}
+    made = plan({"n1": host(1, venv_python="/usr/bin/python3.12")}, "agg", discovered=new)
+    assert made["hosts"]["n1"]["venv_python"] == "/usr/bin/python3.12"
+    assert made["hosts"]["n1"]["installs"]

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from unit.scenarios import CASES, Case, Words
 
-from pdlib import flags, settings
+from pdlib import flags, settings, tables
 from pdlib.variables import VARIABLES
 
 REPO = Path(__file__).resolve().parents[2]
@@ -159,8 +159,6 @@ def test_a_server_says_what_the_old_command_meant_and_nothing_else(name: str, wo
     rank = rank_of(plan, worker, number)
     said, env, gpus = meant(case.commands[worker, number])
     more_flags, more_env = _ours(case, rank, worker.split("-")[0])
-    if worker in case.ports:
-        said["--port"] = case.ports[worker]
     if "--disaggregation-bootstrap-port" in said:
         assert said["--disaggregation-bootstrap-port"] == more_flags["--disaggregation-bootstrap-port"]
     assert read(rank["argv"]) == {**said, **more_flags, **case.extra_flags}
@@ -179,7 +177,7 @@ def test_a_case_has_the_workers_and_the_kv_path_of_its_script(name: str) -> None
     assert {(w["name"], rank["node_rank"]) for w in plan["workers"] for rank in w["ranks"]} == set(case.commands)
     assert plan["transfer_backend"] == case.backend
     seen = {pair["expected_transport"] for pair in plan["pairs"]}
-    assert seen == ({case.transport} if case.transport else set()) or case.transport == "any"
+    assert seen == ({case.transport} if case.transport else set())
     assert (plan["engine"], plan["engine_version"]) == (case.engine, TABLES[case.engine].version)
 
 
@@ -249,7 +247,8 @@ def test_the_masked_card_is_nowhere_and_the_mask_is_one() -> None:
             for rank in worker["ranks"]:
                 mask = read(rank["argv"])["--disaggregation-ib-device"]
                 assert mask == ",".join(rank["rdma_devices"])
-                assert rank["env"].get("NVSHMEM_HCA_LIST", mask) == mask
+                assert rank["env"]["NVSHMEM_HCA_LIST"] == mask
+                assert rank["env"].get("NCCL_IB_HCA", "").replace(":1", "") == (f"={mask}" if len(worker["ranks"]) > 1 else "")
 
 
 def test_the_cache_of_compiled_kernels_has_its_new_name() -> None:
@@ -278,6 +277,119 @@ def test_the_least_load_is_asked_of_a_router_that_can_see_it() -> None:
     assert refused.returncode != 0
     assert "/get_load" in refused.stdout + refused.stderr
     assert "router=smg" in refused.stdout + refused.stderr
+
+
+def images(folder: Path, hosts: list[str]) -> list[str]:
+    """A second inventory that pins an image for each host, of its own architecture; what to type for it."""
+    file = folder / "images.yml"
+    pinned = {host: {"engine_image": f"lmsysorg/sglang:v0.5.23@sha256:{number:064x}"} for number, host in enumerate(hosts)}
+    file.write_text(yaml.safe_dump({"all": {"hosts": pinned}}))
+    return ["-i", str(file), "-e", "runtime=docker"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts"),
+    [
+        ("gh200-intra-node", ["gh200"]),
+        ("gh200-pair", ["gh200a", "gh200b"]),
+        ("gh200-a100-inter-node", ["gh200", "a100"]),
+        ("h200x8-3p1d", ["h200"]),
+    ],
+)
+def test_in_containers_as_in_the_scripts_only_the_command_differs(tmp_path: Path, name: str, hosts: list[str]) -> None:
+    """`docker run --gpus all --shm-size 32g --network=host --ipc=host IMAGE`, the image pinned for each architecture."""
+    done, plan = typed(BY_NAME[name].inventory, *BY_NAME[name].typed, *images(tmp_path, hosts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for worker in plan["workers"]:
+        for rank in worker["ranks"]:
+            outside, client = rank_of(rendered(name), worker["name"], rank["node_rank"]), rank["container"]["argv"]
+            image = f"lmsysorg/sglang:v0.5.23@sha256:{hosts.index(rank['host']):064x}"
+            assert rank["container"]["image"] == image
+            assert [client[client.index("--entrypoint") + 1], *client[client.index(image) + 1 :]] == rank["argv"]
+            assert rank["argv"] == ["python3", *outside["argv"][1:]]
+            lent = ",".join(map(str, plan["hosts"][rank["host"]]["gpus"]))
+            for flag, value in {"--gpus": f'"device={lent}"', "--network": "host", "--ipc": "host"}.items():
+                assert client.count(flag) == 1
+                assert client[client.index(flag) + 1] == value
+            # Beside --ipc=host docker takes no notice of it: /dev/shm is the host's.
+            assert "--shm-size" not in client
+            assert plan["hosts"][rank["host"]]["installs"] == outside_installs(name, rank["host"])
+    assert {rank["host"] for worker in plan["workers"] for rank in worker["ranks"]} == set(hosts)
+
+
+def outside_installs(name: str, host: str) -> list[Json]:
+    """A host's virtualenvs in the plan of a case, but for the engine's: in a container that is the image."""
+    rows: list[Json] = rendered(name)["hosts"][host]["installs"]
+    assert [row for row in rows if row["name"] == "sglang-0.5.23"]
+    return [row for row in rows if row["name"] != "sglang-0.5.23"]
+
+
+def test_shared_memory_of_a_size_is_there_for_who_shares_none_with_others(tmp_path: Path) -> None:
+    own = [*images(tmp_path, ["h200"]), "-e", "engine_shm_size=32g"]
+    done, plan = typed("h200x8", "-e", "ratio=4agg", *own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for worker in plan["workers"]:
+        client = worker["ranks"][0]["container"]["argv"]
+        assert client[client.index("--shm-size") + 1] == "32g"
+        assert "--ipc" not in client
+    refused, _ = typed("h200x8", "-e", "ratio=3p1d", *own)
+    assert refused.returncode != 0
+    assert "engine_shm_size=32g takes containers out of the host's IPC namespace" in " ".join(refused.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("inventory", "image", "said"),
+    [
+        ("gh200", "", "runtime is docker, so engine_image must name the engine's image, such as lmsysorg/sglang:v0.5.23@sha256:"),
+        ("gh200-a100", "lmsysorg/sglang:v0.5.23", "imagetools inspect lmsysorg/sglang:v0.5.23` shows it"),
+        ("h200x8", "lmsysorg/sglang:latest", "the tag latest moves"),
+    ],
+)
+def test_a_container_without_a_pinned_image_is_refused_with_a_way_to_find_the_digest(
+    inventory: str, image: str, said: str
+) -> None:
+    refused, _ = typed(inventory, "-e", "runtime=docker", "-e", f"engine_image={image}")
+    assert refused.returncode != 0
+    assert said in " ".join((refused.stdout + refused.stderr).split())
+
+
+def test_an_older_version_refuses_a_newer_flag_with_what_it_is_called_there() -> None:
+    refused, _ = typed("deepseek-r1", "-e", "engine_version=0.5.17")
+    text = " ".join((refused.stdout + refused.stderr).split())
+    assert refused.returncode != 0
+    assert "sglang 0.5.17 has no flag attn-dp-size; 0.5.23 has it, in place of enable-dp-attention (use --attn-dp-size" in text
+    # what the page says to write instead
+    old = {"prefill_engine_args": {"enable-dp-attention": True, "dp-size": 24, "init-expert-location": "/e.json"}}
+    old["decode_engine_args"] = {"enable-dp-attention": True, "dp-size": 8, "cuda-graph-bs": [256]}
+    done, plan = typed("deepseek-r1", "-e", "engine_version=0.5.17", "-e", json.dumps(old))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read(rank_of(plan, "prefill-0", 0)["argv"])["--dp-size"] == "24"
+
+
+def test_a_shipped_file_has_its_path_on_every_prefill_host() -> None:
+    file = "tests/data/README.md"
+    given = {"engine_files": [file], "prefill_engine_args": {"attn-dp-size": 24, "init-expert-location": "README.md"}}
+    done, plan = typed("deepseek-r1", "-e", json.dumps(given))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(3):
+        argv = rank_of(plan, "prefill-0", rank)["argv"]
+        assert read(argv)["--init-expert-location"] == "/var/lib/pd/files/README.md"
+    assert {name: host["files"] for name, host in plan["hosts"].items()} == {f"n{n}": [file] for n in (1, 2, 3, 4)}
+
+
+def test_the_cut_model_is_marked_in_the_plan_and_the_table() -> None:
+    cut = {name: plan["truncated"] for name in BY_NAME for plan in [rendered(name)] if plan["truncated"]}
+    assert cut == dict.fromkeys(
+        ("deepseek-r1", "deepseek-r1-reverse"), "json-model-override-args cuts the model down to 20 layers"
+    )
+    assert f"The model is not whole: {cut['deepseek-r1']}; results are marked so." in tables.workers(rendered("deepseek-r1"))
+
+
+def test_aggregated_servers_have_no_transfer_backend_whatever_the_inventory_says() -> None:
+    _, npu = typed("ascend-single-node", "-e", "ratio=agg")
+    for plan, visible in ((rendered("gh200-aggregated"), "CUDA_VISIBLE_DEVICES"), (npu, "ASCEND_RT_VISIBLE_DEVICES")):
+        assert (plan["transfer_backend"], plan["transfer_backend_reason"]) == ("none", "aggregated workers move no KV cache")
+        assert rank_of(plan, "aggregated-0", 0)["env"][visible] == "0"
 
 
 #: inventory -> the load of its scripts
@@ -310,7 +422,7 @@ def test_the_load_is_that_of_the_scripts(inventory: str) -> None:
 
 def test_every_scenario_inventory_has_a_case_and_a_page() -> None:
     folders = {path.parent.name for path in (REPO / "inventory").glob("*/hosts.yml")}
-    assert {case.inventory for case in CASES} == folders - {"local", "local-sglang", "local-vllm"}
+    assert {case.inventory for case in CASES} == {name for name in folders if "local" not in name.split("-")}
     page = (REPO / "docs" / "scenarios.md").read_text()
     assert {case.inventory for case in CASES} <= set(re.findall(r"-i inventory/([\w-]+)", page))
 

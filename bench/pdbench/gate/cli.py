@@ -72,6 +72,8 @@ def table(run: RunData, checks: list[Check]) -> list[str]:
     failed = [check for check in checks if not check.ok]
     if run.no_gpu:
         lines.append(f"  note  {run.no_gpu}: no GPU was used")
+    if run.truncated:
+        lines.append(f"  note  the model is not whole: {run.truncated}")
     lines.append("VALID" if not failed else f"INVALID: {len(failed)} of {len(checks)} checks failed")
     return lines
 

@@ -89,7 +89,8 @@ class RunData:
 
     ``problems``: file name -> why it could not be used ("missing", or what is wrong with it); the attribute of such a file
     is empty. ``max_error_rate``: the share of failed requests that is allowed, 0 to 1. ``bounds``: how late the client was
-    allowed to be when the run was started. ``logs``: the ends of the units' logs, by file name.
+    allowed to be when the run was started. ``logs``: the ends of the units' logs, by file name. ``verify_outputs``: prompts
+    a pair that the run was to verify, ``verified`` what came of it (`pdbench.run.verify`).
     """
 
     folder: Path
@@ -102,6 +103,8 @@ class RunData:
     max_error_rate: float = 0.0
     bounds: Bounds = field(default_factory=Bounds)
     logs: Mapping[str, str] = field(default_factory=dict)
+    verify_outputs: int = 0
+    verified: Json = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
@@ -114,6 +117,11 @@ class RunData:
         if self.emulated:
             return "the engine was emulated"
         return "the engine ran on a CPU" if self.plan.get("on_cpu") is True else ""
+
+    @property
+    def truncated(self) -> str:
+        """Say what made the model another one than its name says, "" where it was whole."""
+        return str(self.plan.get("truncated") or "")
 
     @property
     def engine(self) -> Engine:
@@ -159,6 +167,8 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
     except (OSError, ValueError) as why:  # pyarrow's errors are ValueErrors
         problems[REQUESTS] = f"unreadable: {_first_line(why)}"
     allowed = manifest.get("bench_max_error_rate") if max_error_rate is None else max_error_rate
+    setup = _json(folder, "run.json", {})
+    asked = setup.get("verify_outputs")
     return RunData(
         folder=folder,
         plan=plan,
@@ -168,8 +178,10 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
         points=_points(summary, evidence, records),
         problems=problems,
         max_error_rate=float(allowed) if isinstance(allowed, (int, float)) else 0.0,
-        bounds=_bounds(_json(folder, "run.json", {})),
+        bounds=_bounds(setup),
         logs=_logs(folder / "logs"),
+        verify_outputs=asked if isinstance(asked, int) else 0,
+        verified=evidence.get("verify", {}),
     )
 
 
@@ -220,12 +232,19 @@ def _check_evidence(evidence: Json, problems: dict[str, str]) -> None:
             isinstance(side["router"], dict) and all(isinstance(w.get("metrics"), dict) for w in side["workers"].values())
             for side in sides
         ) and all(isinstance(steps, dict) for point in evidence["points"] for steps in point.get("reset", {}).values())
+        good = good and _good_verify(evidence.get("verify", {"prompts": 0, "pairs": []}))
         problem = "" if good else "the router or a worker is no JSON object with what belongs there"
     except (KeyError, TypeError, AttributeError) as why:
         problem = f"not as `pdbench run` writes it: {type(why).__name__} {why}"
     if problem:
         problems[EVIDENCE] = f"unreadable: {problem}"
         evidence.clear()
+
+
+def _good_verify(verify: Json) -> bool:
+    figures = ("prompts", "tokens", "wrong_prompts", "wrong_tokens", "worst_nats")
+    rows = [[row[name] for name in figures] for row in verify["pairs"]]
+    return all(isinstance(value, (int, float)) for row in [[verify["prompts"]], *rows] for value in row)
 
 
 def _bounds(setup: Json) -> Bounds:

@@ -22,7 +22,8 @@ _UCX = {
     **dict.fromkeys(("rc", "rc_x", "rc_v", "rc_mlx5", "rc_verbs", "dc", "dc_x", "dc_mlx5", "ud", "ud_x", "ud_v", "ib"), "rdma"),
 }
 _UCX_LOCAL = {"self", "sm", "shm", "posix", "sysv", "cma", "xpmem", "mm", "cuda_copy", "gdr_copy"}
-_HOW = "the engine does not say: UCX tells it in its log under UCX_PROTO_INFO=y, Mooncake when it starts"
+#: Between NPUs (``hccs``) nothing says it.
+_HOW = "the engine does not say: UCX tells it in its log under UCX_PROTO_INFO=y, Mooncake when it starts, memfabric nowhere"
 
 
 def transport(run: RunData) -> Check:
@@ -70,13 +71,32 @@ def _sightings(run: RunData, prefill: Json, decode: Json) -> Iterator[tuple[str,
     for worker in (prefill, decode):
         text = run.log_of(worker)
         found = {way for pattern, way in run.engine.log_lines if pattern.search(text)}
+        # Mooncake that was forced to TCP uses it whatever else it found.
+        found = {"tcp"} if "tcp" in found else found | between_gpus(text)
         if found:
-            # Mooncake that was forced to TCP uses it whatever else it found.
-            yield f"log of {worker['name']}", {"tcp"} if "tcp" in found else found
+            yield f"log of {worker['name']}", found
         for rank in worker["ranks"]:
             possible = allowed((rank.get("env") or {}).get("UCX_TLS"))
             if possible:
                 yield f"UCX_TLS of {worker['name']}", possible
+
+
+def between_gpus(text: str) -> set[str]:
+    """Return the transports by which UCX moves large messages from GPU memory to GPU memory, by its tables in a log.
+
+    Each has a title (``remote memory write by ucp_put*(multi) from cuda/GPU0 to cuda/dev[1]``) and rows of sizes, what is done,
+    and transports with devices (``0..inf | zero-copy | cuda_ipc/cuda``). Tables of host memory say nothing of a KV cache on GPUs.
+    """
+    found: set[str] = set()
+    wanted = False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 1:
+            wanted = "remote memory" in cells[0] and cells[0].count("cuda") == 2
+        elif wanted and len(cells) == 3 and cells[0].endswith("..inf"):
+            # cuda_copy beside another one is no way of its own: GPU memory that goes by TCP is copied first.
+            found |= {_UCX[name] for name in re.findall(r"(\w+)/", cells[2]) if name in _UCX}
+    return found
 
 
 def allowed(setting: object) -> set[str]:

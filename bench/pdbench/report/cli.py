@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pdbench.gate.rundata import NotARun, load
+from pdbench.gate.rundata import NotARun, RunData, load
 from pdbench.records import replacing
 from pdbench.report import words
 from pdbench.report.figures import FIGURES, Sheet, draw
@@ -41,11 +41,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _below(run: RunData) -> list[str]:
+    """Return what stands below every figure: it may be shown without the page."""
+    lines = [f"{run.no_gpu}: {_NO_GPU}"] if run.no_gpu else []
+    return [*lines, f"the model is not whole: {run.truncated}"] if run.truncated else lines
+
+
 def make(folder: Path) -> Path:
     """Write the plots and the page into a run's folder and return the page's path. Raise NotARun, OSError."""
     run = load(folder)
     verdict = words.verdict(run)
-    sheet = Sheet(run.points, LIGHT, verdict.stamp, f"{run.no_gpu}: {_NO_GPU}" if run.no_gpu else "")
+    sheet = Sheet(run.points, LIGHT, verdict.stamp, "\n".join(_below(run)))
     light = {}
     for name in FIGURES:
         png, light[name] = draw(name, sheet, "png", "svg")

@@ -76,8 +76,8 @@ def deployment(run: RunData) -> list[str]:
         f"{plan.get('ratio')}: {workers} of {engine}, serving {plan.get('model')}"
         f"{_served(plan)}, on {_many(gpus(plan), 'GPU')} of {_many(len(hosts), 'host')} ({', '.join(hosts)})."
     ]
-    if plan.get("truncated"):
-        sentences.append(f"The model is not whole: {plan['truncated']}. Nothing here holds for {plan.get('model')} itself.")
+    if run.truncated:
+        sentences.append(f"The model is not whole: {run.truncated}. Nothing here holds for {plan.get('model')} itself.")
     router = plan.get("router") or {}
     if router:
         name = " ".join(str(router[key]) for key in ("name", "version") if router.get(key)) or "A router"

@@ -98,6 +98,18 @@ def own(path: Path, name: str) -> None:
         os.chown(path, entry.pw_uid, entry.pw_gid)
 
 
+def own_tree(path: Path, name: str) -> None:
+    """Give a folder with all that is in it to the account, where the folder is not its own yet."""
+    entry = pwd.getpwnam(name)
+    if path.stat().st_uid == entry.pw_uid:
+        return
+    for folder, _, files in os.walk(path, topdown=False):
+        for file in files:
+            os.chown(os.path.join(folder, file), entry.pw_uid, entry.pw_gid, follow_symlinks=False)
+        # The top comes last: where this is cut short, the next deploy does it again.
+        os.chown(folder, entry.pw_uid, entry.pw_gid)
+
+
 def _run(command: List[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

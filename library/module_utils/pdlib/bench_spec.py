@@ -45,6 +45,8 @@ def load_arguments(cluster: Mapping[str, Any], trace: str) -> List[str]:
         items += ["--isl", cluster["bench_input_len"], "--osl", cluster["bench_output_len"]]
     if cluster["bench_warmup"] is not None:
         items += ["--warmup", str(cluster["bench_warmup"])]
+    if cluster["bench_verify_outputs"]:
+        items += ["--verify-outputs", str(cluster["bench_verify_outputs"])]
     items += ["--seed", str(cluster["bench_seed"]), "--timeout", str(cluster["bench_timeout"])]
     for flag, name in (("ttft", "bench_slo_ttft_ms"), ("tpot", "bench_slo_tpot_ms"), ("e2e", "bench_slo_e2e_ms")):
         items += [f"--slo-{flag}-ms", str(cluster[name])] if cluster[name] is not None else []

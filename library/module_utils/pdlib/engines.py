@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .errors import UserError, did_you_mean, listing
+from .fabric import Setting
 from .units import KEY_FILE, KEY_LAUNCHER
 
 
@@ -30,8 +31,7 @@ class WorkerContext:
     transfer_backend: str
     node: str
     rdma_fabric: str
-    rdma_devices: Sequence[str]
-    tcp_device: Optional[str]
+    fabric: Sequence[Setting]
     gpus: Sequence[int]
     mem_fraction: Optional[float]
     profile: str
@@ -71,8 +71,12 @@ class Engine:
     model_overrides: str = ""
     #: how many side channel ports, one after the other, a worker with these flags takes
     side_channels: Callable[[Args], int] = lambda args: 1
+    #: whether workers with these flags use NVSHMEM (expert parallelism by DeepEP and its like)
+    nvshmem: Callable[[Args], bool] = lambda args: False
     #: how a pair is tried (gateway.py): "at-once" to both ends, or "two-step"
     pair_probe: str = "at-once"
+    #: whether decode workers fetch the KV cache, and prefill workers do not send it
+    kv_reads: bool = False
     #: what a router may poll on other engines -> the first version of this one that lacks it
     gone: Mapping[str, str] = field(default_factory=dict)
     #: its Python module; "": the engine's name
@@ -90,8 +94,7 @@ def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
         flags.update({"disaggregation-mode": c.role, "disaggregation-transfer-backend": c.transfer_backend})
         if c.bootstrap_port is not None:
             flags["disaggregation-bootstrap-port"] = c.bootstrap_port
-        if c.rdma_devices and c.transfer_backend == "mooncake":
-            flags["disaggregation-ib-device"] = ",".join(c.rdma_devices)
+        flags.update({setting.name.lstrip("-"): setting.value for setting in c.fabric if setting.name.startswith("--")})
     if c.mem_fraction is not None:
         flags["mem-fraction-static"] = c.mem_fraction
     flags["enable-metrics"] = True
@@ -101,7 +104,7 @@ def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
 
 def _sglang_env(c: WorkerContext) -> Dict[str, str]:
     visible = "ASCEND_RT_VISIBLE_DEVICES" if c.transfer_backend == "ascend" else "CUDA_VISIBLE_DEVICES"
-    env = {visible: ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address, **_ucx_env(c)}
+    env = {visible: ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address, **_fabric_env(c)}
     if c.cache_dir:
         # 0.5.23 has all caches under the first; 0.5.17 knows only the others.
         env.update(
@@ -110,12 +113,8 @@ def _sglang_env(c: WorkerContext) -> Dict[str, str]:
     return env
 
 
-def _ucx_env(c: WorkerContext) -> Dict[str, str]:
-    if c.role == "aggregated" or c.transfer_backend != "nixl":
-        return {}
-    # An HCA alone leaves UCX no TCP device, and a mixed-fabric pair then has no path at all.
-    devices = [f"{device}:1" for device in c.rdma_devices] + ([c.tcp_device] if c.tcp_device else [])
-    return {"UCX_NET_DEVICES": ",".join(devices)} if c.tcp_device and devices else {}
+def _fabric_env(c: WorkerContext) -> Dict[str, str]:
+    return {setting.name: setting.value for setting in c.fabric if not setting.name.startswith("--")}
 
 
 def _kernel_caches(folder: str) -> Dict[str, str]:
@@ -158,7 +157,7 @@ def _vllm_flags(c: WorkerContext) -> Dict[str, Any]:
 
 
 def _vllm_env(c: WorkerContext) -> Dict[str, str]:
-    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, c.gpus)), **_ucx_env(c)}
+    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, c.gpus)), **_fabric_env(c)}
     if c.nodes > 1:
         env["VLLM_HOST_IP"] = c.address
     if c.side_channel_port is not None:
@@ -167,6 +166,11 @@ def _vllm_env(c: WorkerContext) -> Dict[str, str]:
     if c.cache_dir:
         env.update({"VLLM_CACHE_ROOT": f"{c.cache_dir}/vllm", **_kernel_caches(c.cache_dir)})
     return env
+
+
+def _over_nvshmem(exchange: Any) -> bool:
+    """Whether an all-to-all of experts is made with NVSHMEM."""
+    return str(exchange).startswith(("deepep", "pplx"))
 
 
 def check_alike(chosen: Engine, defaults: Args, ranks: Sequence[Tuple[str, str, Args]]) -> None:
@@ -290,6 +294,7 @@ ENGINES: Dict[str, Engine] = {
         on_cpu=lambda args, env: args.get("device") == "cpu",
         alike=("page-size", "kv-cache-dtype", "json-model-override-args"),
         model_overrides="json-model-override-args",
+        nvshmem=lambda args: _over_nvshmem(args.get("moe-a2a-backend")),
         gone={"/get_load": "0.5.23"},
     ),
     "vllm": Engine(
@@ -318,7 +323,9 @@ ENGINES: Dict[str, Engine] = {
         on_cpu=lambda args, env: str(env.get("VLLM_TARGET_DEVICE", "")).lower() == "cpu",
         alike=("dtype", "kv-cache-dtype", "hf-overrides"),
         model_overrides="hf-overrides",
+        nvshmem=lambda args: _over_nvshmem(args.get("all2all-backend")),
         pair_probe="two-step",
+        kv_reads=True,
         gone={"/get_load": "0"},
         side_channels=lambda args: int(args.get("data-parallel-size") or 1),
     ),

@@ -12,18 +12,27 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
+from . import rdma
 from .errors import UserError
 
 Json = Dict[str, Any]
 
 
 def parse_gpus(text: str) -> List[Json]:
-    """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits``.
+    """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total,pci.bus_id --format=csv,noheader,nounits``.
 
     ``memory_mib`` is 0 for a GPU that shares the host's memory and says ``[N/A]``.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
-    return [{"index": int(row[0]), "name": row[1], "memory_mib": int(row[2]) if row[2].isdigit() else 0} for row in rows]
+    return [
+        {
+            "index": int(row[0]),
+            "name": row[1],
+            "memory_mib": int(row[2]) if row[2].isdigit() else 0,
+            "pci": rdma.normal_pci(row[3]) if len(row) > 3 else "",
+        }
+        for row in rows
+    ]
 
 
 def gpus() -> List[Json]:
@@ -31,36 +40,22 @@ def gpus() -> List[Json]:
     tool = shutil.which("nvidia-smi")
     if not tool:
         return []
-    query = [tool, "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
+    query = [tool, "--query-gpu=index,name,memory.total,pci.bus_id", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
     return parse_gpus(done.stdout) if done.returncode == 0 else []
 
 
-def rdma(root: Path = Path("/sys/class/infiniband")) -> Dict[str, Json]:
-    """Return the RDMA devices: name -> {state, fabric} of the first active port (else of port 1)."""
-    found: Dict[str, Json] = {}
-    for device in sorted(root.glob("*")):
-        ports = []
-        for port in sorted((device / "ports").glob("*")):
-            try:
-                state = (port / "state").read_text().strip().partition(": ")[2]
-                layer = (port / "link_layer").read_text().strip()
-            except OSError:
-                continue
-            ports.append({"port": int(port.name), "state": state, "fabric": "infiniband" if layer == "InfiniBand" else "roce"})
-        ports.sort(key=lambda p: (p["state"] != "ACTIVE", p["port"]))
-        if ports:
-            found[device.name] = ports[0]
-    return found
-
-
-def addresses() -> List[str]:
-    """Return the host's IPv4 and IPv6 addresses."""
+def addresses() -> Dict[str, str]:
+    """Return the host's IPv4 and IPv6 addresses, each with its network device."""
     tool = shutil.which("ip")
     if not tool:
-        return []
+        return {}
     done = subprocess.run([tool, "-o", "addr", "show"], capture_output=True, text=True, check=False)
-    return [word.split()[3].split("/")[0] for word in done.stdout.splitlines() if len(word.split()) > 3]
+    found: Dict[str, str] = {}
+    for words in (line.split() for line in done.stdout.splitlines()):
+        if len(words) > 3:
+            found.setdefault(words[3].split("/")[0], words[1].rstrip(":").partition("@")[0])
+    return found
 
 
 def default_address() -> str:
@@ -125,10 +120,13 @@ def gather(accelerators: bool, python_path: str = "", model: str = "") -> Json:
         found["model"] = Path(model).exists()
     known = addresses()
     if known:
-        found["addresses"] = known
+        found.update({"addresses": list(known), "netdevs": known})
     if default_address():
         found["default_address"] = default_address()
     if accelerators:
         cards = gpus()
-        found.update({"gpu_cards": cards, "gpus": [card["index"] for card in cards], "rdma": rdma()})
+        # nvidia-smi says which GPU has which index; without it (an NPU host, say) there is none to be near to.
+        rows = rdma.ports(cards={card["index"]: card["pci"] for card in cards if card["pci"]})
+        found.update({"gpu_cards": cards, "gpus": [card["index"] for card in cards]})
+        found.update({"rdma": rdma.by_device(rows), "peermem": rdma.peermem()})
     return found

@@ -1,11 +1,12 @@
-"""Engine flags: what the user wrote, checked against the flag table of the pinned version.
+"""Flags of engines and routers: what the user wrote, checked against the flag table of the pinned version.
 
-The tables under ``flags/`` are made from the engines themselves by ``tools/flag_table.py``.
+The tables under ``flags/`` are made from the programs themselves by ``tools/flag_table.py``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
@@ -13,11 +14,12 @@ from typing import Any, Dict, List, Mapping
 from .errors import UserError, did_you_mean
 
 _FOLDER = Path(__file__).with_name("flags")
+_ROUTERS = _FOLDER / "routers"
 
 
 @dataclass(frozen=True)
 class FlagTable:
-    """The flags of one engine version: long spelling (no dashes) -> its row; aliases; removed flags with what to use."""
+    """The flags of one engine's or router's version: long spelling (no dashes) -> its row; aliases; removed ones with what to use."""
 
     engine: str
     version: str
@@ -33,7 +35,16 @@ def versions(engine: str) -> List[str]:
 
 def load(engine: str, version: str) -> FlagTable:
     """Return the table of one engine version."""
-    raw = json.loads((_FOLDER / f"{engine}-{version}.json").read_text())
+    return _read(_FOLDER, engine, version)
+
+
+def load_router(package: str, version: str) -> FlagTable:
+    """Return the table of one router version."""
+    return _read(_ROUTERS, package, version)
+
+
+def _read(folder: Path, engine: str, version: str) -> FlagTable:
+    raw = json.loads((folder / f"{engine}-{version}.json").read_text())
     flags = {row["flag"].lstrip("-"): row for row in raw["flags"]}
     aliases = {alias.lstrip("-"): name for name, row in flags.items() for alias in row["aliases"]}
     removed = {name.lstrip("-"): advice for name, advice in raw.get("removed", {}).items()}
@@ -72,12 +83,30 @@ def canonical(table: FlagTable, args: Mapping[str, Any], where: str, owned: Mapp
         if name in table.removed:
             raise UserError(f"{where}: {table.engine} {table.version} has no {name} any more: {table.removed[name]}")
         if name not in table.flags:
-            hint = did_you_mean(name, [*table.flags, *table.aliases])
+            hint = _elsewhere(table, name) or did_you_mean(name, [*table.flags, *table.aliases])
             raise UserError(f"{where}: {table.engine} {table.version} has no flag {given}{hint}")
         if value is not None:
             _check_value(name, value, table.flags[name], where)
         result[name] = value
     return result
+
+
+def _elsewhere(table: FlagTable, name: str) -> str:
+    """Say which other version of the engine has a flag, and which flag of ``table`` it took the place of there; "" for none."""
+    for version in reversed(versions(table.engine)):
+        other = load(table.engine, version)
+        if name not in other.flags and name not in other.aliases:
+            continue
+        named = re.compile(rf"(?<![\w-])(?:--)?{re.escape(name)}(?![\w-])")
+        said = [*other.removed.items(), *((old, row["deprecated"]) for old, row in other.flags.items() if row.get("deprecated"))]
+        before = [f"{old} ({advice})" for old, advice in said if old in table.flags and named.search(advice)]
+        instead = (
+            f"in place of {' and '.join(before)}: write it as {table.version} does"
+            if before
+            else "and none does the same here: leave it out"
+        )
+        return f"; {version} has it, {instead}, or set engine_version={version}"
+    return ""
 
 
 def overlaid(ours: Mapping[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -11,7 +12,7 @@ import time
 import xmlrpc.client
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple, Type, Union
 
 from . import processes
 from . import units as render
@@ -38,6 +39,26 @@ def tail(path: Path, lines: int) -> str:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except OSError:
         return ""
+
+
+def matching(lines: Iterable[str], pattern: str, most: int, follow: int = 0) -> str:
+    """Return the first ``most`` lines that match in what the last process said in a log, each with ``follow`` lines after it."""
+    wanted = re.compile(pattern)
+    found: List[str] = []
+    after = 0
+    for line in lines:
+        if line.startswith(render.STARTED):
+            found, after = [], 0
+        elif len(found) < most and (wanted.search(line) or after):
+            after = follow if wanted.search(line) else after - 1
+            found.append(line.rstrip("\n"))
+    return "\n".join(found)
+
+
+def since_start(text: str) -> str:
+    """Return what the last process said of the end of a log."""
+    before, mark, said = text.rpartition(render.STARTED)
+    return f"{mark}{said}" if mark and (not before or before.endswith("\n")) else text
 
 
 def write(path: Path, text: str, mode: int) -> bool:
@@ -162,6 +183,14 @@ class Supervisord:
         """Return the end of a unit's log."""
         return tail(self.home / "log" / f"{name}.log", lines)
 
+    def log_matching(self, name: str, pattern: str, most: int, follow: int) -> str:
+        """Return the first lines that match in what the unit said since it was last started, and those after each."""
+        try:
+            with (self.home / "log" / f"{name}.log").open(errors="replace") as file:
+                return matching(file, pattern, most, follow)
+        except OSError:
+            return ""
+
     def shutdown(self) -> None:
         """End the manager itself."""
         if self._up():
@@ -278,6 +307,14 @@ class Systemd:
         """Return the end of a unit's journal."""
         command = ["journalctl", "-u", f"{name}.service", "-n", str(lines), "--no-pager", "-o", "cat", "-q"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    def log_matching(self, name: str, pattern: str, most: int, follow: int) -> str:
+        """Return the first lines that match in what the unit said since it was last started, and those after each."""
+        shown = self._systemctl("show", "-p", "InvocationID", "--value", f"{name}.service").strip()
+        command = ["journalctl", f"_SYSTEMD_INVOCATION_ID={shown}", "--no-pager", "-o", "cat", "-q"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as journal:
+            assert journal.stdout is not None
+            return matching(journal.stdout, pattern, most, follow)
 
     def shutdown(self) -> None:
         """Forget the target, unless another deployment on this host still has units."""

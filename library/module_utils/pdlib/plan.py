@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
 from . import engines, flags, provision, routers, runtimes
 from . import ratio as ratios
 from .errors import UserError, listing
-from .fabric import Link, choose_backend, expected_transport
+from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
 from .topology import Host, Placed, RoleShape, attempt, place
 
 GROUPS = ("prefill_nodes", "decode_nodes", "router", "bench_clients")
@@ -151,31 +152,14 @@ class Planner:
             raise UserError(f"host {name}: address={declared} is none of the host's own ({', '.join(found)})")
         return str(declared)
 
-    def _link(self, name: str) -> Link:
-        host, found = self.inputs.hosts[name], self.inputs.discovered.get(name, {}).get("rdma")
-        fabric, devices = host["rdma_fabric"], host["rdma_devices"]
-        excluded = set(host["rdma_devices_excluded"])
-        if devices and excluded & set(devices):
-            both = listing(sorted(excluded & set(devices)))
-            raise UserError(f"host {name}: {both} stands in rdma_devices and in rdma_devices_excluded")
-        if fabric == "none":
-            # Declared so: whatever cards the host has, the KV cache is not to use them.
-            return Link(fabric="none", devices=())
-        if found is None and fabric == "auto" and devices is None and self._deployed(name):
-            return Link(fabric=self._deployed(name)["rdma_fabric"], devices=tuple(self._deployed(name)["rdma_devices"]))
-        if found is not None:
-            active = {dev: port for dev, port in found.items() if port["state"] == "ACTIVE" and dev not in excluded}
-            wrong = [dev for dev in devices or [] if dev not in active]
-            if wrong:
-                seen = listing(f"{dev} ({port['state'].lower()})" for dev, port in sorted(found.items())) or "no RDMA device"
-                raise UserError(f"host {name}: rdma_devices names {listing(wrong)}; the host has {seen}")
-            devices = sorted(active) if devices is None else devices
-            kinds = {active[dev]["fabric"] for dev in devices} or {"none"}
-            if fabric == "auto":
-                fabric = kinds.pop() if len(kinds) == 1 else "auto"
-            elif fabric not in kinds:
-                raise UserError(f"host {name}: rdma_fabric={fabric}, and its devices are on {listing(sorted(kinds))}")
-        return Link(fabric=fabric, devices=tuple(devices or ()))
+    def _link(self, name: str, has_worker: bool) -> Link:
+        facts, needed = self.inputs.discovered.get(name, {}), has_worker and self._uses_rdma(name)
+        return link_of(name, self.inputs.hosts[name], facts, self._deployed(name), self._address(name), needed)
+
+    def _uses_rdma(self, name: str) -> bool:
+        """Whether workers of a host would use its RDMA devices if it has any."""
+        moves = self.ratio.disaggregated and self.cluster["transfer_backend"] not in ("mooncake_tcp", "ascend")
+        return self.accelerated(name) and (moves or any(self.shape[role].nodes > 1 for role in self.ratio.counts()))
 
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use real accelerators, so that these are looked for on it."""
@@ -193,10 +177,23 @@ class Planner:
             if host["address"] is None
             or (name in self.worker_hosts and host["gpus"] in (None, "auto"))
             or (name in self.worker_hosts and auto and host["rdma_fabric"] == "auto")
+            or (self._uses_rdma(name) and self._open_mask(host, several))
         ]
 
+    def _open_mask(self, host: Mapping[str, Any], several: bool) -> bool:
+        """Whether what a worker is told of its host's RDMA devices hangs on facts that the inventory does not declare."""
+        devices, fabric = host["rdma_devices"], host["rdma_fabric"]
+        if fabric != "none" and devices is None:
+            return fabric in FABRICS or bool(host["rdma_devices_excluded"])
+        backend = self.cluster["transfer_backend"]
+        fabrics = {self.inputs.hosts[name]["rdma_fabric"] for name in self.worker_hosts}
+        one = several and len(fabrics) == 1 and "mooncake" in self.engine.transfer_backends
+        nixl = backend == "nixl" or (backend == "auto" and self.ratio.disaggregated and not one)
+        return bool(devices) and fabric != "none" and host["tcp_device"] is None and nixl
+
     def check_flags(self) -> None:
-        """Refuse wrong engine flags of any worker host, before placement says which hosts are used."""
+        """Refuse wrong flags of the router and of any worker host, before placement says which hosts are used."""
+        self.router.arguments(self.cluster["router_args"])
         for name in self.worker_hosts:
             for role in self.ratio.counts():
                 self._engine_args(name, role)
@@ -291,6 +288,7 @@ class Planner:
         wanted: List[Tuple[Placed, str, int]] = []
         for worker in placed:
             kinds = {kind: self.cluster[f"{_BASES[kind]}"] for kind in ("port", *self.engine.ports.get(worker.role, ()))}
+            kinds["port"] = self.cluster.get(f"{worker.role}_worker_port_base") or kinds["port"]
             if len(worker.ranks) > 1:
                 kinds["dist_init_port"] = self.cluster["dist_init_port_base"]
             kept = self._kept(worker.name)
@@ -356,6 +354,7 @@ class Planner:
         backend: str,
         addresses: Mapping[str, str],
         links: Mapping[str, Link],
+        fabric: Sequence[Setting],
     ) -> Json:
         host, gpus = worker.ranks[index]
         settings = self.inputs.hosts[host]
@@ -369,8 +368,7 @@ class Planner:
             tensor_parallel_size=self.shape[worker.role].gpus, nodes=len(worker.ranks), node_rank=index,
             dist_init=f"{addresses[worker.ranks[0][0]]}:{ports.get('dist_init_port', 0)}", transfer_backend=backend,
             node=host, rdma_fabric=links[host].fabric if links[host].devices else "none",
-            rdma_devices=links[host].devices, tcp_device=settings["tcp_device"],
-            gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
+            fabric=fabric, gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
             api_key=self.cluster["api_key"] is not None, address=addresses[host], cache_dir=settings["cache_dir"],
         )  # fmt: skip
@@ -387,6 +385,16 @@ class Planner:
         if index == 0:
             rank["health_url"] = f"http://{addresses[host]}:{ports['port']}{self.engine.health_path(self.version)}"
         return rank
+
+    def _check_ipc(self, seen: Mapping[Tuple[str, str], str], ends: Mapping[str, str]) -> None:
+        """Refuse containers with shared memory of their own where the KV cache is to go by CUDA IPC."""
+        for (prefill, decode), transport in seen.items():
+            settings = self.inputs.hosts[ends[prefill]]
+            if transport == "cuda_ipc" and settings["runtime"] in runtimes.CONTAINERS and settings["engine_shm_size"]:
+                raise UserError(
+                    f"host {ends[prefill]}: engine_shm_size={settings['engine_shm_size']} takes containers out of the host's IPC "
+                    f"namespace, without which no CUDA IPC joins {prefill} and {decode}: leave it out (they have the host's /dev/shm)"
+                )
 
     def _check_shared_memory(self, placed: Sequence[Placed]) -> None:
         for name in self.worker_hosts:
@@ -417,10 +425,7 @@ class Planner:
             workers=[(w["role"], w["url"], w["ranks"][0].get("bootstrap_port")) for w in workers],
             api_key=cluster["api_key"] is not None,
         )  # fmt: skip
-        extra = {str(name).lstrip("-").replace("_", "-"): value for name, value in cluster["router_args"].items()}
-        for name in extra:
-            if name in self.router.owned:
-                raise UserError(f"router_args: {name} is set by the plan; set {self.router.owned[name]} instead")
+        extra = self.router.arguments(cluster["router_args"])
         registration = self.router.registers(self.engine.name, self.ratio.disaggregated)
         members = [] if registration else self.router.members(context)
         return {
@@ -446,10 +451,15 @@ class Planner:
         if has_worker and settings["runtime"] == "venv":
             wanted = settings["engine_requirements"] or self.engine.requirements(self.version)
             rows.append({"name": f"{self.engine.name}-{self.version}", "requirements": list(wanted)})
-        found = self.inputs.discovered.get(host, {}).get("python")
-        if rows and found:
-            provision.check_python(host, found)
+        if rows:
+            self.check_python(host)
         return rows
+
+    def check_python(self, host: str) -> None:
+        """Refuse a host whose Python, as far as it is known, virtualenvs of ours cannot be made with."""
+        found = self.inputs.discovered.get(host, {}).get("python")
+        if found:
+            provision.check_python(host, found)
 
     def make(self) -> Json:
         """Return the plan."""
@@ -465,21 +475,29 @@ class Planner:
         involved = list(dict.fromkeys([*(host for w in placed for host, _ in w.ranks), self.router_host]))
         involved.sort(key=self._inventory_order)
         addresses = {name: self._address(name) for name in involved}
-        links = {name: self._link(name) for name in involved}
-        ports = self._ports(placed, addresses)
         ends = {w.name: w.ranks[0][0] for w in placed}
         with_rank = {host for w in placed for host, _ in w.ranks}
+        links = {name: self._link(name, name in with_rank) for name in involved}
+        ports = self._ports(placed, addresses)
         pairs = [(p.name, d.name) for p in placed if p.role == "prefill" for d in placed if d.role == "decode"]
-        backend, reason = choose_backend(
-            self.cluster["transfer_backend"], self.engine.transfer_backends, [(ends[p], ends[d]) for p, d in pairs], links
-        )
+        between = [(ends[p], ends[d]) for p, d in pairs]
+        backend, reason = choose_backend(self.cluster["transfer_backend"], self.engine.transfer_backends, between, links)
+        envs = {w.name: self._engine_env(ends[w.name], w.role) for w in placed}
+        tcp = forces_tcp(backend, between, links, [envs[p] for p, _ in pairs])
         on_cpu = {w.name: self._on_cpu(ends[w.name], w.role) for w in placed}
-        seen = {pair: expected_transport(backend, ends[pair[0]], ends[pair[1]], links, on_cpu[pair[0]]) for pair in pairs}
+        seen = {
+            (p, d): expected_transport("mooncake_tcp" if tcp else backend, ends[p], ends[d], links, on_cpu[p], envs[p])
+            for p, d in pairs
+        }
+        self._check_ipc(seen, ends)
         workers: List[Json] = []
+        rows: Dict[str, List[Setting]] = {name: [] for name in involved}
         for worker in placed:
-            ranks = [
-                self._rank(worker, index, ports[worker.name], backend, addresses, links) for index in range(len(worker.ranks))
-            ]
+            ranks = []
+            for index, (host, gpus) in enumerate(worker.ranks):
+                fabric = self._fabric(worker, host, gpus, backend, links[host], tcp)
+                rows[host] += fabric
+                ranks.append(self._rank(worker, index, ports[worker.name], backend, addresses, links, fabric))
             url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
             workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
         self.check_frozen(workers)
@@ -495,22 +513,43 @@ class Planner:
             "model": self.model,
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,
-            "transfer_backend": backend,
-            "transfer_backend_reason": reason,
+            # Aggregated workers move no KV cache, whatever is set for those that do.
+            "transfer_backend": backend if pairs else "none",
+            "transfer_backend_reason": reason if pairs else "aggregated workers move no KV cache",
             "pairs": [{"prefill": p, "decode": d, "expected_transport": seen[p, d]} for p, d in pairs],
             "workers": workers,
             "router": self._router(workers, addresses),
-            "hosts": {name: self._host_entry(name, addresses, links, name in with_rank) for name in involved},
+            "hosts": {name: self._host_entry(name, addresses, links[name], rows[name], name in with_rank) for name in involved},
             "overrides": dict(self.inputs.overrides),
         }
 
-    def _host_entry(self, name: str, addresses: Mapping[str, str], links: Mapping[str, Link], has_worker: bool) -> Json:
+    def _fabric(self, worker: Placed, host: str, gpus: Sequence[int], backend: str, link: Link, tcp: bool) -> List[Setting]:
+        """What the host's RDMA mask means for one rank; an emulated engine opens no device."""
+        if self.engine.emulated:
+            return []
+        use = Use(
+            backend="none" if worker.role == "aggregated" else backend,
+            gpus=gpus,
+            nodes=len(worker.ranks),
+            nvshmem=self.engine.nvshmem(self._engine_args(host, worker.role)),
+            per_gpu=self.inputs.hosts[host]["rdma_device_per_gpu"],
+            force_tcp=tcp,
+            own=self._engine_env(host, worker.role),
+            excluded=self.inputs.hosts[host]["rdma_devices_excluded"],
+        )
+        return settings_for(host, link, use)
+
+    def _host_entry(
+        self, name: str, addresses: Mapping[str, str], link: Link, settings_of_mask: Sequence[Setting], has_worker: bool
+    ) -> Json:
         settings = self.inputs.hosts[name]
         return {
             "address": addresses[name],
             "gpus": list(self._gpus(name)) if name in self.worker_hosts else [],
-            "rdma_fabric": links[name].fabric,
-            "rdma_devices": list(links[name].devices),
+            "rdma_fabric": link.fabric,
+            "rdma_devices": list(link.devices),
+            "link": link.to_json(),
+            "fabric": shown(link, settings_of_mask) if has_worker and not self.engine.emulated else [],
             "service_manager": settings["service_manager"],
             "service_user": settings["service_user"],
             "state_dir": settings["state_dir"],
@@ -519,6 +558,7 @@ class Planner:
             "installs": self._installs(name, has_worker),
             **(self._provided(name) if has_worker else {}),
             "files": [str(file) for file in settings["engine_files"]] if has_worker else [],
+            "cache_dir": settings["cache_dir"] if has_worker else None,
         }
 
     def _provided(self, name: str) -> Json:
@@ -561,7 +601,10 @@ def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Di
         return (
             worker["name"],
             worker["url"],
-            repr([(rank["host"], rank["argv"], rank["env"], rank.get("container")) for rank in worker["ranks"]]),
+            # The deployed plan comes from a file, where keys have another order.
+            json.dumps(
+                [[rank["host"], rank["argv"], rank["env"], rank.get("container")] for rank in worker["ranks"]], sort_keys=True
+            ),
         )
 
     staying = {key(worker) for worker in plan["workers"]}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from . import accounts, containers, processes
+from . import accounts, caches, containers, processes
 from .errors import UserError, listing
 from .managers import MANAGERS, Supervisord, Systemd, write
 from .runtimes import container_name
@@ -69,7 +69,7 @@ class Reconciler:
         if self.user:
             # sudo may have a stricter one, and then the user could not reach what is made here.
             os.umask(0o022)
-        self.home = Path(state_dir)
+        self.home, self.install_dir = Path(state_dir), install_dir
         self.manager: Manager = MANAGERS[manager](state_dir, install_dir, ratio)
         self.units = {unit["name"]: unit for unit in units}
         self.check = check
@@ -138,10 +138,15 @@ class Reconciler:
         claim(str(self.home), shared=bool(self.user))
         in_containers = [unit["container"] for unit in self.units.values() if "container" in unit]
         containers.note(str(self.home), [container["runtime"] for container in in_containers])
-        for folder in (folder for container in in_containers for folder in container["folders"]):
-            Path(folder).mkdir(parents=True, exist_ok=True)
         if self.user and accounts.ensure(self.user):
             self._change(f"made user {self.user}")
+        for unit in self.units.values():
+            if unit.get("cache_dir"):
+                claim(self.install_dir, shared=bool(self.user))
+                if caches.make(unit["cache_dir"], self.install_dir, unit.get("user", "") if self.user else ""):
+                    self._change(f"made {unit['cache_dir']}")
+        for folder in (folder for container in in_containers for folder in container["folders"]):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self.units:
             folder = Path(processes.work_dir(str(self.home), name))
             folder.mkdir(parents=True, exist_ok=True)
@@ -310,6 +315,9 @@ class Reconciler:
         status = self.manager.status()
         if self.user and self.units and not accounts.exists(self.user):
             self._change(f"would make user {self.user}")
+        for folder in sorted({unit["cache_dir"] for unit in self.units.values() if unit.get("cache_dir")}):
+            if not Path(folder).is_dir():
+                self._change(f"would make {folder}")
         for name in surplus:
             self._change(f"would stop {name}")
         for name in restart:
@@ -375,6 +383,8 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
     if not check:
         processes.kill([p.pid for p in strays], 10.0)
+    if purge:
+        outcome.changed += caches.remove(install_dir, check)
     for folder in folders:
         unfetched = sorted((folder / "runs").glob("*/"))
         if unfetched and not purge:

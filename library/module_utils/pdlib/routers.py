@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from . import flags as tables
 from .engines import Engine, run_module
 from .errors import UserError, did_you_mean
 
@@ -66,6 +67,10 @@ class Router:
     def registers(self, engine: str, disaggregated: bool) -> Dict[str, str]:
         """Return what the workers are registered with, {} where the command line says all."""
         return dict(self.registration.get(engine, {})) if disaggregated else {}
+
+    def arguments(self, given: Mapping[str, Any]) -> Dict[str, Any]:
+        """Return the user's ``router_args`` in the router's own spelling; raise UserError for what it has not."""
+        return tables.canonical(tables.load_router(self.package, self.version), given, "router_args", self.owned)
 
 
 def _common_flags(c: RouterContext) -> Dict[str, Any]:

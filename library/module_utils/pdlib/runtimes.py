@@ -20,9 +20,8 @@ _IMAGE = re.compile(
 #: Variables that the client itself would read; these go into the container by value, all others through the client's environment.
 _CLIENT_READS = re.compile(r"PATH|HOME|TMPDIR|(?:LD|XDG|DOCKER|CONTAINERS?|PODMAN|BUILDAH|STORAGE|REGISTRY)_.*")
 
-
 #: Variables that name folders of downloads and compiled kernels.
-_CACHES = re.compile(r"HF_HOME|(?:.*_)?CACHE(?:_DIR|_ROOT|_PATH|_HOME)?")
+_CACHES = re.compile(r"HF_HOME|FLASHINFER_WORKSPACE_BASE|(?:.*_)?CACHE(?:_DIR|_ROOT|_PATH|_HOME)?")
 
 
 @dataclass(frozen=True)

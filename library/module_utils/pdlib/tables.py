@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Dict, List, Mapping, Sequence
 
 
@@ -56,4 +57,21 @@ def workers(plan: Mapping[str, Any]) -> str:
     if plan["pairs"]:
         kinds = sorted({pair["expected_transport"] for pair in plan["pairs"]})
         lines.append(f"KV cache: {plan['transfer_backend']} over {'/'.join(kinds)} ({plan['transfer_backend_reason']})")
-    return "\n".join(lines)
+    masks = fabric(plan)
+    return "\n".join([*lines, *(["", masks] if masks else [])])
+
+
+def fabric(plan: Mapping[str, Any]) -> str:
+    """Return what follows from each host's RDMA devices, and why, hosts of one kind together; "" where nothing does."""
+    hosts: Dict[str, List[str]] = {}
+    for name, entry in plan["hosts"].items():
+        for row in entry.get("fabric", []):
+            hosts.setdefault(json.dumps([row["setting"], row["value"], row["reason"]]), []).append(name)
+    rows = [[_some(names, len(plan["hosts"])), *json.loads(key)] for key, names in hosts.items()]
+    return table(["RDMA on", "setting", "value", "because"], rows) if rows else ""
+
+
+def _some(names: Sequence[str], of: int) -> str:
+    if len(names) == of > 2:
+        return f"all {of} hosts"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

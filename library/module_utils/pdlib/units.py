@@ -15,6 +15,8 @@ Json = Dict[str, Any]
 KEY_FILE = "secrets/api_key"
 KEY_LAUNCHER = "bin/with_api_key.py"
 HEADER = "# Made from the plan by deploy_pd.yml; a change here is undone by the next deploy."
+#: The first line of every process in a log that goes on from one to the next.
+STARTED = "== pd: started"
 
 
 def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
@@ -22,8 +24,9 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
 
     Each: ``name`` (``pd-prefill-0``), ``argv``, ``env``, ``ports`` (what it binds), ``listen``, ``health_url`` (None for
     ranks that serve nothing), ``members``: the tail of argv that may change without a restart, ``user``: who it runs as
-    under systemd, ``gpu``: whether it uses real GPUs, and ``as_one``: a hash of all ranks of a worker that has several. A unit that runs a container has ``container`` (runtimes.py), and
-    ``argv`` is that of its client.
+    under systemd, ``gpu``: whether it uses real GPUs, ``cache_dir``: where a worker keeps compiled kernels, if the host says,
+    and ``as_one``: a hash of all ranks of a worker that has several. A unit that runs a container has ``container``
+    (runtimes.py), and ``argv`` is that of its client.
     """
     units: List[Json] = []
     entry = plan["hosts"].get(host, {})
@@ -32,7 +35,8 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
             if rank["host"] == host:
                 ports = [rank[kind] for kind in ("port", "bootstrap_port", "side_channel_port") if kind in rank]
                 gpu = bool(rank["gpus"]) and not plan["emulated"] and not plan["on_cpu"]
-                units.append({**_unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu), **_as_one(worker)})
+                unit = _unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu)
+                units.append({**unit, **_as_one(worker), "cache_dir": entry.get("cache_dir")})
     router = plan["router"]
     if router["host"] == host:
         ports = [router["port"], router["prometheus_port"]]
@@ -81,7 +85,7 @@ def identity(unit: Mapping[str, Any], secret: str = "") -> str:
 
 def run_script(unit: Mapping[str, Any], state_dir: str) -> str:
     """Return a shell script that becomes the unit's process: supervisord runs it, and so can a person."""
-    lines = ["#!/bin/sh", HEADER]
+    lines = ["#!/bin/sh", HEADER, f'echo "{STARTED} $(date -u +%Y-%m-%dT%H:%M:%SZ)" >&2']
     lines += [f"export {key}={shlex.quote(value)}" for key, value in sorted(unit["env"].items())]
     lines.append(f"cd {shlex.quote(work_dir(state_dir, unit['name']))} || exit 1")
     if unit.get("container"):

@@ -93,6 +93,8 @@ def _table() -> Dict[str, Variable]:
             "KV transfer engine. `auto`: nixl when every pair is on one host, mooncake on one RDMA fabric, else nixl over TCP.",
         ),
         v("worker_port_base", "int", 30000, CLUSTER, "First HTTP port of workers on a host.", minimum=1, maximum=65535),
+        v("prefill_worker_port_base", "int", None, CLUSTER, "The same for prefill workers only.", minimum=1, maximum=65535),
+        v("decode_worker_port_base", "int", None, CLUSTER, "The same for decode workers only.", minimum=1, maximum=65535),
         v(
             "bootstrap_port_base",
             "int",
@@ -150,8 +152,16 @@ def _table() -> Dict[str, Variable]:
         ),
         v("rdma_fabric", "str", "auto", HOST, "The RDMA fabric of the host.", choices=("infiniband", "roce", "none", "auto")),
         v("rdma_devices", "list", None, HOST, "RDMA devices to use: `[mlx5_0, mlx5_1]`; not set: found at deploy."),
-        v("rdma_devices_excluded", "list", [], HOST, "All active RDMA devices but these: `[mlx5_2]`."),
-        v("tcp_device", "str", None, HOST, "Network device of KV transfers over TCP (UCX_NET_DEVICES)."),
+        v("rdma_devices_excluded", "list", [], HOST, "All active RDMA devices of the fabric but these: `[mlx5_2]`."),
+        v("rdma_device_per_gpu", "bool", False, HOST, "Mooncake: give each GPU its nearest RDMA devices only, not all of them."),
+        v("rdma_gid_index", "int", None, HOST, "RoCE: the GID index; not set: the RoCE v2 one found at deploy.", minimum=0),
+        v(
+            "tcp_device",
+            "str",
+            None,
+            HOST,
+            "Network device of KV transfers over TCP (UCX_NET_DEVICES); not set: the one that has `address`, found at deploy.",
+        ),
         v("mem_fraction", "float", None, HOST, "Share of GPU memory for weights and KV cache.", minimum=0.01, maximum=1.0),
         v("engine_args", "dict", {}, HOST, "More engine flags, checked against the engine's own: `{page-size: 16}`."),
         v("prefill_engine_args", "dict", {}, HOST, "The same for prefill workers only."),
@@ -172,8 +182,8 @@ def _table() -> Dict[str, Variable]:
             "str",
             None,
             HOST,
-            "Where engines keep kernels that they compile on the host (`service_user` must be able to make it); not set: their own "
-            "places. Nothing of ours ever deletes it.",
+            "Where engines keep kernels that they compile on the host; not set: their own places. Made where it is not there, and then "
+            "`teardown.yml -e purge=true` removes it; one that was there stays.",
         ),
         v("emulated_profile", "str", "tiny", HOST, "Performance profile of an emulated worker: a name or a file."),
         v(
@@ -269,6 +279,15 @@ def _table() -> Dict[str, Variable]:
         v("bench_max_output_len", "int", None, BENCH, "Cut the trace's outputs at this.", minimum=1, unit="tokens"),
         v("bench_warmup", "int", None, BENCH, "Requests before each load point that are not measured.", minimum=0),
         v("bench_seed", "int", 1, BENCH, "Seed of prompts, lengths and arrivals.", minimum=0),
+        v(
+            "bench_verify_outputs",
+            "int",
+            0,
+            BENCH,
+            "Before the first load point, check with so many prompts over every prefill-decode pair that the KV cache arrives "
+            "right; 0: do not. 8 take seconds.",
+            minimum=0,
+        ),
         v("bench_timeout", "int", 600, BENCH, "Longest time of one request.", minimum=1, unit="s"),
         v(
             "bench_max_error_rate",
@@ -301,7 +320,16 @@ def _table() -> Dict[str, Variable]:
             "bool",
             False,
             VERB,
-            "`teardown.yml` removes virtualenvs, wheels and the user that we made, too (never model weights).",
+            "`teardown.yml` removes virtualenvs, wheels, compiled kernels and the user that we made, too (never model weights).",
+        ),
+        v(
+            "kv_probe",
+            "str",
+            "auto",
+            VERB,
+            "Move real bytes between prefill and decode hosts before workers start (docs/fabric.md). `auto`: over paths that no "
+            "deploy has tried as they are now; `always`: over all; `report`: as `always`, and what is found stops nothing; `never`.",
+            choices=("auto", "always", "report", "never"),
         ),
         v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
         v("manifest", "dict", {}, VERB, "What a run's manifest.json records beside its variables; read by nobody."),

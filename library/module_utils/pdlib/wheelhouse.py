@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from .errors import UserError, listing
 
@@ -114,10 +114,19 @@ def identity(name: str, steps: Sequence[str], contents: Mapping[str, bytes], tar
     return f"{name}-{digest.hexdigest()[:12]}"
 
 
-def archive(folder: Path, name: str, steps: Sequence[str], contents: Mapping[str, bytes], target: Target, say: Say) -> Path:
+def archive(
+    folder: Path,
+    name: str,
+    steps: Sequence[str],
+    contents: Mapping[str, bytes],
+    target: Target,
+    say: Say,
+    own: Optional[Path] = None,
+) -> Path:
     """Return the wheelhouse as a tar file below ``folder``, made where it is not there yet (a second caller waits for it).
 
-    ``steps``: requirement files, installed in turn (``no-deps:FILE``); ``contents``: step -> the file.
+    ``steps``: requirement files, installed in turn (``no-deps:FILE``); ``contents``: step -> the file; ``own``: a folder of
+    wheels that takes the place of the registry (tools/bundle.py).
     """
     wanted = folder / f"{identity(name, steps, contents, target)}.tar"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +137,7 @@ def archive(folder: Path, name: str, steps: Sequence[str], contents: Mapping[str
         with tempfile.TemporaryDirectory(dir=folder) as work:
             wheels = Path(work) / "wheels"
             for number, step in enumerate(steps):
-                _download(name, step, contents[step].decode(), target, Path(work) / f"{number}.txt", wheels, say)
+                download(name, step, contents[step].decode(), target, Path(work) / f"{number}.txt", wheels, say, own)
             made = Path(work) / "wheels.tar"
             with tarfile.open(made, "w") as tar:
                 for wheel in sorted(wheels.glob("*.whl")):
@@ -138,7 +147,13 @@ def archive(folder: Path, name: str, steps: Sequence[str], contents: Mapping[str
     return wanted
 
 
-def _download(name: str, step: str, text: str, target: Target, listed: Path, wheels: Path, say: Say) -> None:
+def download(
+    name: str, step: str, text: str, target: Target, listed: Path, wheels: Path, say: Say, own: Optional[Path] = None
+) -> None:
+    """Fetch into the folder ``wheels`` what one requirement file (``text``) needs on the target; ``listed`` is written for pip.
+
+    They come from the controller's registry, or from the folder ``own``.
+    """
     narrow, hashed = narrowed(text, target)
     alone = hashed or step.startswith("no-deps:")
     if not alone and not target.here():
@@ -151,6 +166,7 @@ def _download(name: str, step: str, text: str, target: Target, listed: Path, whe
     command += ["--dest", str(wheels), "-r", str(listed), "--python-version", target.minor, "--implementation", "cp"]
     command += [word for tag in platforms(target) for word in ("--platform", tag)]
     command += (["--no-deps"] if alone else []) + (["--require-hashes"] if hashed else [])
+    command += ["--no-index", "--find-links", str(own)] if own else []
     total, seen, said = sum(not line.startswith("-") for line in narrow.splitlines()), 0, []
     pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with pip:
@@ -165,9 +181,12 @@ def _download(name: str, step: str, text: str, target: Target, listed: Path, whe
     if pip.returncode:
         missing = [match[1] for match in (re.search(r"No matching distribution found for (\S+)", line) for line in said) if match]
         if missing:
+            source, hint = "the controller's registry", "pin another version, or put a wheel where pip's find-links looks"
+            if own:
+                source, hint = str(own), "make the bundle for this Python, machine and glibc (docs/hosts.md)"
             raise UserError(
-                f"{listing(missing)} ({step.replace('no-deps:', '', 1)}) has no wheel for {target} in the controller's registry, "
-                "and hosts with wheelhouse: true build nothing: pin another version, or put a wheel where pip's find-links looks"
+                f"{listing(missing)} ({step.replace('no-deps:', '', 1)}) has no wheel for {target} in {source}, "
+                f"and hosts with wheelhouse: true build nothing: {hint}"
             )
         raise UserError(f"wheels of {name} for {target} could not be fetched:\n" + "\n".join(said[-12:]))
 

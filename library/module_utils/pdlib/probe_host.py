@@ -1,0 +1,170 @@
+"""The ends of the KV path probe on a host: the programs (probe_tool.py) that wait there, and those that go from there."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import pwd
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from . import accounts, containers, probe_tool, processes
+from .errors import UserError
+from .managers import tail, write
+from .probe_tool import read_json
+from .reconcile import STEP_S, Outcome, claim
+from .runtimes import client_env, container_name
+
+Json = Dict[str, Any]
+#: The unit, as it were, that the programs belong to: teardown ends what runs in its folder.
+UNIT = "kv-probe"
+#: How long a program may take to listen, which it does before it imports anything.
+_START_S = 60.0
+
+
+class Probe:
+    """The programs of this host. ``user``: who the workers run as under systemd ("": who connects)."""
+
+    def __init__(self, state_dir: str, user: str = ""):
+        self.state_dir, self.user = state_dir, user
+        self.work = Path(processes.work_dir(state_dir, UNIT))
+
+    def start(self, end: Mapping[str, Any], token: str) -> None:
+        """Start the program of one end."""
+        task = {**end["task"], "token": token, "folder": str(self.work), "turn": str(self.work / "turn")}
+        task["progress"] = str(self._progress(task["id"], task["mode"]))
+        name = f"{task['id']}-{task['mode']}"
+        command, env = self._command(end, name)
+        if os.geteuid() == 0:
+            # As the workers have it: their units say LimitMEMLOCK=infinity.
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        user = "" if end["container"] else self.user
+        with open(self.work / f"{name}.out", "wb") as log:
+            try:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=self.work, env=env,
+                    user=user or None, group=accounts.group_of(user) if user else None, extra_groups=_groups(user) if user else None,
+                )  # fmt: skip
+            except OSError as error:
+                raise UserError(f"{command[0]}: {error.strerror}; the KV path is tried with the workers' own Python") from None
+            (self.work / f"{name}.pid").write_text(str(process.pid))
+            assert process.stdin is not None
+            # It may have died before it read its task: its log, read by the next look, says why.
+            with contextlib.suppress(BrokenPipeError), process.stdin as task_in:
+                task_in.write(json.dumps(task).encode())
+
+    def _command(self, end: Mapping[str, Any], name: str) -> Tuple[List[str], Dict[str, str]]:
+        script, container = str(self.work / "probe_tool.py"), end["container"]
+        if container:
+            containers.note(self.state_dir, [container["runtime"]])
+            mark = container_name(f"{UNIT}-{name}", self.state_dir)
+            return in_container(container["argv"], end["python"], mark, str(self.work), script), {
+                **os.environ,
+                **client_env(end["env"]),
+            }
+        # A service starts with little; what we run under has more, and some of it (UCX_TLS) would count.
+        names = ("PATH", "LANG") if self.user else tuple(os.environ)
+        base = {name: os.environ[name] for name in names if name in os.environ}
+        home = {"HOME": pwd.getpwnam(self.user).pw_dir} if self.user else {}
+        return [end["python"], script], {**base, **home, **end["env"]}
+
+    def _progress(self, name: str, mode: str) -> Path:
+        return self.work / f"{name}-{mode}.json"
+
+    def _runs(self, name: str, mode: str) -> bool:
+        pid = (self.work / f"{name}-{mode}.pid").read_text()
+        return processes.alive(int(pid))
+
+    def ready(self) -> None:
+        """Make the folder, with the program in it, anew."""
+        if self.user:
+            # sudo may have a stricter one, and then the user could not reach what is made here.
+            os.umask(0o022)
+        claim(self.state_dir, shared=bool(self.user))
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.user:
+            accounts.ensure(self.user)
+            accounts.own(self.work, self.user)
+        write(self.work / "probe_tool.py", inspect.getsource(probe_tool), 0o644)
+
+    def serve(self, ends: Sequence[Json], token: str) -> Json:
+        """Start the programs that wait; return their ports by end."""
+        self.stop()
+        self.ready()
+        for end in ends:
+            self.start(end, token)
+        ports: Json = {}
+        limit = time.monotonic() + _START_S
+        while len(ports) < len(ends):
+            for end in ends:
+                said = read_json(self._progress(end["task"]["id"], "wait"))
+                if said and said["state"] == "listening":
+                    ports[end["task"]["id"]] = said["port"]
+                elif said or not self._runs(end["task"]["id"], "wait") or time.monotonic() > limit:
+                    text = said["message"] if said else self._log(end, "wait")
+                    self.stop()
+                    raise UserError(f"{end['python']} cannot wait for the KV path's bytes at {end['task']['listen']}: {text}")
+            time.sleep(0.05)
+        return ports
+
+    def move(self, ends: Sequence[Json], token: str, resumed: bool) -> Tuple[Outcome, List[Json]]:
+        """Bring the programs that go from here a few seconds further; return the results of all once they are done."""
+        if not resumed:
+            self.ready()
+            for end in ends:
+                self._progress(end["task"]["id"], "move").unlink(missing_ok=True)
+                self.start(end, token)
+        until = time.monotonic() + STEP_S
+        while True:
+            # In this order: a program that ends between the two questions has said what it did.
+            running = [self._runs(end["task"]["id"], "move") for end in ends]
+            states = [read_json(self._progress(end["task"]["id"], "move")) or {} for end in ends]
+            if all(state.get("state") == "done" for state in states):
+                return Outcome(done=True), [{**row, "end": e["task"]["id"]} for e, s in zip(ends, states) for row in s["results"]]
+            for end, state, runs in zip(ends, states, running):
+                if state.get("state") != "done" and (state.get("state") == "error" or not runs):
+                    raise UserError(f"{end['task']['id']}: {state.get('message') or self._log(end, 'move')}")
+            if time.monotonic() > until:
+                said = [state["message"] for state in states if state.get("state") == "running" and state.get("message")]
+                return Outcome(message="; ".join(said) or "starting"), []
+            time.sleep(0.1)
+
+    def _log(self, end: Mapping[str, Any], mode: str) -> str:
+        return tail(self.work / f"{end['task']['id']}-{mode}.out", 8) or "it ended without a word"
+
+    def stop(self) -> None:
+        """End the programs, and remove what they left."""
+        processes.kill([p.pid for p in processes.ours(self.state_dir, UNIT)], 2.0)
+        ours = containers.ours(self.state_dir)
+        containers.end({name: client for name, client in ours.items() if name.startswith(f"{UNIT}-")})
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _groups(user: str) -> List[int]:
+    """Return all groups of a user: GPUs and RDMA devices may be open to one of them only."""
+    return os.getgrouplist(user, accounts.group_of(user))
+
+
+def in_container(argv: Sequence[str], python: str, name: str, folder: str, script: str) -> List[str]:
+    """Return a worker's container command that runs the probe instead: its image, devices and environment, our folder alone."""
+    words: List[str] = []
+    rest = list(argv)
+    while rest[0] != "--entrypoint":
+        word = rest.pop(0)
+        if word == "--mount":
+            rest.pop(0)
+        elif word in ("--name", "--workdir"):
+            rest.pop(0)
+            words += [word, name if word == "--name" else folder]
+        else:
+            words.append(word)
+    # The image stands after the entrypoint and its value.
+    mount = f"type=bind,source={folder},target={folder}"
+    return [*words, "--interactive", "--mount", mount, "--entrypoint", python, rest[2], script]

@@ -1,0 +1,78 @@
+"""The facts of RDMA devices against a real one: SoftRoCE in a VM emulated in software (rdma_vm.sh), read from its sysfs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pdlib import rdma
+
+SCRIPT = Path(__file__).with_name("rdma_vm.sh")
+NEEDS = {"qemu-system-x86": "qemu-system-x86_64", "mmdebstrap": "mmdebstrap", "cpio": "cpio"}
+#: In the VM: its sysfs as it stands, a ping-pong over the GID that is right, and its sysfs once the link is down.
+COMMANDS = """
+dump() {
+    rm -rf /t; mkdir -p /t/sys/class/infiniband /t/sys/class/net /t/sys/devices/virtual/net /t/proc/sys/kernel
+    cp -a /sys/devices/virtual/infiniband /t/sys/devices/virtual/ 2>/dev/null
+    cp -a /sys/devices/virtual/net/eth0 /t/sys/devices/virtual/net/ 2>/dev/null
+    cp -a /sys/class/infiniband/rxe0 /t/sys/class/infiniband/; cp -a /sys/class/net/eth0 /t/sys/class/net/
+    cp /proc/sys/kernel/osrelease /t/proc/sys/kernel/
+    echo "==$1=="; tar czf - -C /t . | base64; echo "==end=="
+}
+dump up
+ibv_devinfo -d rxe0 -v
+ibv_rc_pingpong -d rxe0 -g 1 -n 50 >/dev/null & sleep 3; ibv_rc_pingpong -d rxe0 -g 1 -n 50 10.0.0.1; echo "ping-pong: $?"
+ip link set eth0 down; sleep 1
+dump down
+"""
+
+
+def unfit() -> str:
+    if os.geteuid():
+        return "the VM is made by root"
+    missing = [package for package, command in NEEDS.items() if not shutil.which(command)]
+    return f"the VM needs Debian packages: {' '.join(missing)} (make test-rdma installs them)" if missing else ""
+
+
+@pytest.fixture(autouse=True)
+def whole() -> None:
+    """No hosts of the lab are needed here."""
+
+
+def _tree(said: str, name: str, folder: Path) -> Path:
+    text = said.split(f"=={name}==")[1].split("==end==")[0]
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode("".join(text.split())))) as archive:
+        archive.extractall(folder, filter="tar")
+    return folder
+
+
+@pytest.mark.skipif(bool(unfit()), reason=unfit())
+def test_a_real_device_is_read_as_its_own_tools_read_it(tmp_path: Path) -> None:
+    done = subprocess.run([SCRIPT, COMMANDS], capture_output=True, text=True, check=False, timeout=850)
+    said = done.stdout.replace("\r", "")
+    assert "==down==" in said, said[-2000:] + done.stderr[-2000:]
+    root = _tree(said, "up", tmp_path / "up")
+    (row,) = rdma.ports(root)
+    assert (row["device"], row["port"], row["state"], row["phys_state"]) == ("rxe0", 1, "ACTIVE", "LinkUp")
+    assert (row["fabric"], row["netdev"], row["mtu"], row["pci"], row["function"]) == ("roce", "eth0", 1500, "", "")
+    # ibv_devinfo -v lists the same GIDs: "GID[  1]:  ::ffff:10.0.0.1, RoCE v2"
+    listed = re.findall(r"GID\[\s*(\d+)\]:\s*(\S+), (.+)", said)
+    assert [(str(gid["index"]), gid["address"], gid["type"]) for gid in row["gids"]] == [
+        (index, address.removeprefix("::ffff:"), kind.strip()) for index, address, kind in listed
+    ]
+    # The GID that is chosen is the one that the ping-pong was run over.
+    assert rdma.gid_index(row["gids"], "10.0.0.1")[0] == 1
+    assert rdma.gid_index(row["gids"])[0] == 1
+    assert "ping-pong: 0" in said
+    assert rdma.peermem(root)["module"] == ""
+    assert rdma.peermem(root)["kernel"]
+    (row,) = rdma.ports(_tree(said, "down", tmp_path / "down"))
+    assert (row["state"], row["fabric"]) == ("DOWN", "roce")

@@ -1,0 +1,135 @@
+"""doctor.yml's judgement: each fault is found by its own checks and no others, and no check is without a fault."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from unit.doctor_faults import SPOILT, Spoil, healthy, made
+
+from pdlib import doctor
+from pdlib.doctor_facts import SEVERITIES, Seen
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def bad(seen: Seen) -> list[doctor.Finding]:
+    return [finding for finding in doctor.examine(seen) if finding.severity != "ok"]
+
+
+@pytest.mark.parametrize("fabric", ["infiniband", "roce"])
+def test_nothing_is_found_on_a_healthy_cluster(fabric: str) -> None:
+    seen = made(healthy(fabric))
+    assert bad(seen) == []
+    good = {finding.id for finding in doctor.examine(seen)}
+    quiet = {"busy", "silent-tcp", "kv-probe", "transport", "container-gpu"} | (
+        {"gid", "mtu"} if fabric == "infiniband" else set()
+    )
+    assert good == set(doctor.CHECKS) - quiet
+    assert doctor.verdict(doctor.examine(seen), 2) == f"doctor: all is well ({len(good)} checks of 2 hosts)"
+
+
+@pytest.mark.parametrize(("ids", "severity", "where", "fabric", "spoil"), SPOILT, ids=[row[4].__name__[1:] for row in SPOILT])
+def test_exactly_the_right_checks_find_it(ids: tuple[str, ...], severity: str, where: str, fabric: str, spoil: Spoil) -> None:
+    facts = copy.deepcopy(healthy(fabric))
+    spoil(facts)
+    found = bad(made(facts))
+    assert {finding.id for finding in found} == set(ids), found
+    first = next(finding for finding in found if finding.id == ids[0])
+    assert (first.severity, first.host) == (severity, where)
+    for finding in found:
+        assert finding.evidence
+        # what is wrong has a variable or a command that puts it right
+        assert finding.fix or finding.severity == "info", finding
+    report = doctor.report(doctor.examine(made(facts)))
+    assert report["ok"] == all(finding.severity != "error" for finding in found)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_every_check_is_provoked_by_a_fault() -> None:
+    assert {check for ids, *_ in SPOILT for check in ids} == set(doctor.CHECKS)
+
+
+def test_every_check_says_what_holds_and_what_a_person_would_type() -> None:
+    for check in doctor.CHECKS.values():
+        assert re.fullmatch(r"[A-Z/][^\n]{20,}[^.]", check.holds), check.id
+        assert check.instead, check.id
+        assert re.fullmatch(r"[a-z][a-z-]*[a-z]", check.id)
+
+
+def test_an_emulated_plan_and_none_at_all_are_judged_too() -> None:
+    assert bad(Seen()) == []
+    facts = healthy()
+    # before a deployment, and where only some of the hosts could be examined
+    facts.update(deployed=False, front={}, reach={})
+    del facts["hosts"]["n2"], facts["clocks"]["n2"]
+    facts["unreachable"]["n2"] = "cannot be reached: no route"
+    assert [finding.id for finding in bad(made(facts))] == ["host"]
+
+
+def test_the_table_is_most_severe_first_and_fits_a_terminal() -> None:
+    facts = healthy()
+    together = ("_old_driver", "_leftover", "_skew", "_port_down", "_dropped", "_dead_unit", "_called_sick", "_pair", "_edited")
+    for *_, spoil in SPOILT:
+        if spoil.__name__ in together:
+            spoil(facts)
+    findings = doctor.examine(made(facts))
+    order = [SEVERITIES.index(finding.severity) for finding in findings]
+    assert order == sorted(order)
+    text = doctor.table(findings)
+    assert max(map(len, text.splitlines())) <= 180
+    first = text.splitlines()[2]
+    assert first.startswith("ERROR")
+    for finding in findings:
+        if finding.severity != "ok":
+            assert finding.id in text
+    words = doctor.verdict(findings, 3)
+    errors = sum(finding.severity == "error" for finding in findings)
+    assert words.startswith(f"doctor: {errors} errors and ")
+    assert "\n" not in words
+
+
+def examine_plugin() -> Any:
+    spec = importlib.util.spec_from_file_location("pd_examine", REPO / "plugins" / "action" / "pd_examine.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cuda_runtime_of_an_engine_is_that_of_its_lock_on_linux() -> None:
+    plugin = examine_plugin()
+    for engine in ("sglang-0.5.23", "sglang-0.5.17", "vllm-0.33.0"):
+        assert plugin.wheel_cuda([f"no-deps:requirements/engine-{engine}.txt"]) == "13.0.96", engine
+    assert plugin.wheel_cuda(["requirements/pdbench-emulate.txt", "pdbench"]) == ""
+    assert [name for name in ("n1", "n1.cluster", "127.0.0.1", "::1") if plugin.is_name(name)] == ["n1", "n1.cluster"]
+
+
+def test_the_page_of_checks_is_up_to_date_and_staleness_is_noticed(tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPO / "tools" / "docs_doctor.py"), "--check"]
+    done = subprocess.run(tool, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stale = tmp_path / "doctor.md"
+    stale.write_text((REPO / "docs" / "doctor.md").read_text().replace("nvidia-smi -L", "nvidia-smi", 1))
+    done = subprocess.run([*tool, "--page", str(stale)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "run `make docs`" in done.stderr
+
+
+def test_one_error_and_one_warning_are_counted_in_words() -> None:
+    findings = [
+        doctor.Finding("clock", "warning", "n1", "an hour ahead", "chrony"),
+        doctor.Finding("gpu", "ok", "n1", "4 x H200", ""),
+    ]
+    assert doctor.verdict(findings, 1) == "doctor: 1 warning in 2 checks of 1 host; first: clock on n1: an hour ahead"
+    assert doctor.report(findings)["ok"] is True
+    assert doctor.table(findings).count("\n-> ") == 0
+    assert "-> chrony" in doctor.table(findings)
