@@ -22,7 +22,8 @@ class Engine:
     tokens whose KV a worker computed itself, and ``computed_allowed`` how many of them a decode worker computes for each
     request as a matter of course. ``log_lines``: what a worker's log says of its transport, as DESIGN names transports.
     ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none. ``info``:
-    the path of what a worker says of itself.
+    the path of what a worker says of itself. ``verifiable``: a prefill worker can be asked for the log-probabilities of what a
+    decode worker answered (pdbench.run.verify).
     """
 
     served: Mapping[str, tuple[str, ...]]
@@ -42,6 +43,7 @@ class Engine:
     stop_profile: str = ""
     flush: str = ""
     info: str = "/server_info"
+    verifiable: bool = False
 
 
 #: Mooncake installs one transport and says which; UCX says what a protocol uses under UCX_PROTO_INFO=y, in tables.
@@ -84,6 +86,7 @@ _SGLANG = Engine(
     full_speed=("/slow_down", {"forward_sleep_time": None}),
     stop_profile="/stop_profile",
     flush="/flush_cache",
+    verifiable=True,
 )
 
 _VLLM = Engine(

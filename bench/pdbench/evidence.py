@@ -15,6 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -39,6 +41,16 @@ _PROFILE_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A prefill and a decode worker by name, and where the prefill worker's bootstrap server listens."""
+
+    prefill: str
+    decode: str
+    bootstrap_host: str
+    bootstrap_port: int | None
+
+
+@dataclass(frozen=True)
 class Deployment:
     """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once."""
 
@@ -48,6 +60,7 @@ class Deployment:
     router_url: str
     router_metrics_url: str
     workers: Mapping[str, str]
+    pairs: tuple[Pair, ...] = ()
 
 
 def read_plan(path: Path) -> Deployment:
@@ -55,6 +68,7 @@ def read_plan(path: Path) -> Deployment:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         workers = plan["workers"]
+        by_name = {str(worker["name"]): worker for worker in workers}
         return Deployment(
             ratio=str(plan["ratio"]),
             engine=engine(plan.get("engine")),
@@ -62,12 +76,18 @@ def read_plan(path: Path) -> Deployment:
             gpus=len({(rank["host"], gpu) for worker in workers for rank in worker["ranks"] for gpu in rank["gpus"]}),
             router_url=str(plan["router"]["url"]).rstrip("/"),
             router_metrics_url=str(plan["router"].get("metrics_url") or ""),
-            workers={str(worker["name"]): str(worker["url"]).rstrip("/") for worker in workers},
+            workers={name: str(worker["url"]).rstrip("/") for name, worker in by_name.items()},
+            pairs=tuple(_pair(by_name, pair["prefill"], pair["decode"]) for pair in plan.get("pairs") or []),
         )
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as why:
         raise LoadError(f"{path} is no plan.json as `plan.yml` writes it: {type(why).__name__} {why}") from None
+
+
+def _pair(workers: Mapping[str, Mapping[str, Any]], prefill: str, decode: str) -> Pair:
+    front = workers[prefill]
+    return Pair(prefill, workers[decode]["name"], urlsplit(front["url"]).hostname or "", front["ranks"][0].get("bootstrap_port"))
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -105,7 +125,7 @@ class Evidence:
 
     def __init__(self, deployment: Deployment, headers: Mapping[str, str], pool: Executor) -> None:
         """Make ready; metric pages are parsed in ``pool``, away from the process that stamps."""
-        self._deployment = deployment
+        self.deployment = deployment
         self._pool = pool
         # Each connection is used once: uvicorn drops idle ones after 5 s, and a POST that meets this is not sent again.
         connector = aiohttp.TCPConnector(force_close=True)
@@ -118,8 +138,8 @@ class Evidence:
 
     async def snapshot(self, t_s: float) -> dict[str, object]:
         """Return one side (``before`` or ``after``) of a point in evidence.json; ``t_s`` is its time in the point."""
-        router, *workers = await asyncio.gather(self._router(), *(self._worker(url) for url in self._deployment.workers.values()))
-        return {"t_s": t_s, "router": router, "workers": dict(zip(self._deployment.workers, workers, strict=True))}
+        router, *workers = await asyncio.gather(self._router(), *(self._worker(url) for url in self.deployment.workers.values()))
+        return {"t_s": t_s, "router": router, "workers": dict(zip(self.deployment.workers, workers, strict=True))}
 
     async def reset(self, done: dict[str, object]) -> None:
         """Bring every worker to its starting state, and put into ``done`` what came of it, by worker and step.
@@ -129,12 +149,12 @@ class Evidence:
         ("unknown"), SGLang answers an idle /stop_profile with an error, and with SGLANG_PROFILE_V2 its scheduler dies of
         it. ``flush``: caches are emptied, which a worker refuses with 400 while requests run. "ok", or why not.
         """
-        names = list(self._deployment.workers.items())
+        names = list(self.deployment.workers.items())
         found = await asyncio.gather(*(self._reset(url) for _, url in names))
         done.update(zip((name for name, _ in names), found, strict=True))
 
     async def _reset(self, url: str) -> dict[str, object]:
-        engine, steps = self._deployment.engine, {}
+        engine, steps = self.deployment.engine, {}
         path, body = engine.full_speed
         if path:
             steps["full_speed"] = await self._told(url + path, body)
@@ -170,9 +190,9 @@ class Evidence:
 
     async def scrape(self, point: int, start: float, every_s: float) -> None:
         """Append all metrics of all servers to ``rows`` every ``every_s`` seconds until cancelled."""
-        pages = {name: f"{url}/metrics" for name, url in self._deployment.workers.items()}
-        if self._deployment.router_metrics_url:
-            pages["router"] = self._deployment.router_metrics_url
+        pages = {name: f"{url}/metrics" for name, url in self.deployment.workers.items()}
+        if self.deployment.router_metrics_url:
+            pages["router"] = self.deployment.router_metrics_url
         while True:
             begun = perf_counter()
             await asyncio.gather(*(self._scrape(point, start, name, url) for name, url in pages.items()))
@@ -189,13 +209,13 @@ class Evidence:
             self.rows.append((point, t_s, source, name, labels.removesuffix("}"), value))
 
     async def _router(self) -> dict[str, object]:
-        url = self._deployment.router_url
+        url = self.deployment.router_url
         workers, readiness, errors = await self._both(f"{url}/workers", f"{url}/readiness", json.loads, json.loads)
         listed = workers.get("workers") if isinstance(workers, dict) else workers
         return {"workers": listed or [], "readiness": readiness or {}, "error": errors}
 
     async def _worker(self, url: str) -> dict[str, object]:
-        info, text, errors = await self._both(url + self._deployment.engine.info, f"{url}/metrics", json.loads, str)
+        info, text, errors = await self._both(url + self.deployment.engine.info, f"{url}/metrics", json.loads, str)
         chosen = {key: info[key] for key in _INFO if key in info} if isinstance(info, dict) else {}
         metrics = await self._parse(text) if isinstance(text, str) else {}
         return {"url": url, "server_info": chosen, "metrics": metrics, "error": errors}

@@ -189,6 +189,17 @@ def test_a_decode_worker_that_computes_prompts_itself(clean: Cluster, tmp_path: 
     caught("decode_recomputes", tmp_path / "o")
 
 
+def test_a_kv_cache_that_arrives_wrong(clean: Cluster, tmp_path: Path) -> None:
+    options = (*CLOSED, "--verify-outputs", "2")
+    assert measure(clean, tmp_path / "right", *options) == 0
+    assert judge(tmp_path / "right") == {}
+    rows = json.loads((tmp_path / "right" / "evidence.json").read_text())["verify"]["pairs"]
+    assert [(row["prefill"], row["prompts"], row["worst_nats"]) for row in rows] == [("prefill-0", 2, 0.0), ("prefill-1", 2, 0.0)]
+    clean.fault("decode-0", kind="corrupt")
+    assert measure(clean, tmp_path / "o", *options) == 0  # the client cannot see it
+    caught("wrong_kv", tmp_path / "o")
+
+
 def test_an_empty_first_chunk_is_no_first_token(clean: Cluster, tmp_path: Path) -> None:
     assert measure(clean, tmp_path / "honest") == 0
     clean.fault("decode-0", kind="empty_first_chunk")

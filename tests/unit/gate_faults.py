@@ -323,6 +323,35 @@ def lose_a_file(run: Run) -> None:
 
 
 #: (checks that fail, of which the first says it; what it says; how the run is spoilt)
+def verify(run: Run, **spoilt: object) -> None:
+    """Record that two prompts were verified over every pair, the last one with what differs."""
+    row = {"prompts": 2, "tokens": 62, "wrong_prompts": 0, "wrong_tokens": 0, "mean_nats": 0.001, "worst_nats": 0.01, "error": ""}
+    rows = [{"prefill": pair["prefill"], "decode": pair["decode"], **row} for pair in run.plan["pairs"]]
+    rows[-1].update(spoilt)
+    run.verify_outputs = 2
+    run.evidence["verify"] = {"prompts": 2, "output_tokens": 32, "limit_nats": 0.2, "token_nats": 0.5, "pairs": rows}
+
+
+def wrong_kv(run: Run) -> None:
+    """The KV cache of one pair arrives wrong, every answer is 200 and of the right length."""
+    verify(run, wrong_prompts=1, wrong_tokens=29, worst_nats=8.25)
+
+
+def unverified_pair(run: Run) -> None:
+    """A pair that was to be verified does not answer."""
+    verify(run, prompts=0, tokens=0, error="decode-0: HTTP 500 Decode transfer failed")
+
+
+def half_verified(run: Run) -> None:
+    """Fewer prompts are verified than were to be."""
+    verify(run, prompts=1)
+
+
+def never_verified(run: Run) -> None:
+    """What was to be verified was not recorded."""
+    run.verify_outputs = 2
+
+
 SPOILT: list[tuple[tuple[str, ...], str, Callable[[Run], None]]] = [
     (("requests-accounted",), "no record of 1 of 24 (index 7)", lose_a_record),
     (("requests-accounted",), "more than one record of index 4", repeat_a_record),
@@ -346,6 +375,10 @@ SPOILT: list[tuple[tuple[str, ...], str, Callable[[Run], None]]] = [
     (("engine-counts",), "generation_tokens_total of decode-0 moved by 100, the client's answers imply", answers_from_elsewhere),
     (("no-restart",), "decode-0 restarted during the point (sglang:e2e_request_latency_seconds_count fell", counter_falls),
     (("no-restart",), "prefill-0 restarted during the point (startup_time changed", started_again),
+    (("kv-correct",), "prefill-2 to decode-0: the KV cache of 1 of 2 prompts arrived wrong (29 of 62 tokens are not", wrong_kv),
+    (("kv-correct",), "prefill-2 to decode-0: could not be verified: decode-0: HTTP 500 Decode", unverified_pair),
+    (("kv-correct",), "prefill-2 to decode-0: 1 of 2 prompts were verified", half_verified),
+    (("kv-correct",), "the run was to verify 2 prompts a pair, and recorded nothing of it", never_verified),
     (("kv-failures",), "decode-0: sglang:num_transfer_failed_reqs_total moved by 1", transfer_fails),
     (("kv-failures",), "prefill-2: sglang:num_bootstrap_failed_reqs_total moved by 3", bootstrap_fails),
     (("kv-transfer", "kv-bytes"), "finished 0 KV transfers for 28 answers (prefill-0 shows none of", nothing_transferred),
@@ -422,6 +455,13 @@ LIVE = [
         ("kv-transfer", "kv-bytes", "decode-only"),
         "finished 0 KV transfers",
         "smg with vLLM workers",
+    ),
+    Live(
+        "wrong_kv",
+        "the KV cache arrives wrong at a decode worker, every answer is 200 and of the right length",
+        ("kv-correct",),
+        "the KV cache of 2 of 2 prompts arrived wrong",
+        "InferenceX 1944",
     ),
     Live(
         "warm_cache",

@@ -43,6 +43,7 @@ class Run:
     lost: str = ""
     slo: Slo = field(default_factory=Slo)
     bounds: Bounds = field(default_factory=Bounds)
+    verify_outputs: int = 0
 
     def measured(self, point: int = 0) -> list[Record]:
         return [r for r in self.records if r.point == point and r.phase == MEASURE]
@@ -58,7 +59,16 @@ class Run:
     def write(self, folder: Path, leave_out: Sequence[str] = ()) -> Path:
         """Write every file but those of `leave_out`; summary.json is made of the records as they now are."""
         folder.mkdir(parents=True, exist_ok=True)
-        setup = Setup("completions", self.prompt, self.asked, self.plan["ratio"], gpus(self.plan), self.slo, self.bounds)
+        setup = Setup(
+            "completions",
+            self.prompt,
+            self.asked,
+            self.plan["ratio"],
+            gpus(self.plan),
+            self.slo,
+            self.bounds,
+            self.verify_outputs,
+        )
         points = [point_summary(setup, n, self.records, self.clients[n]) for n in range(len(self.asked))]
         files = {
             "plan.json": self.plan,

@@ -123,6 +123,10 @@ def test_versions_are_read_beside_a_python_without_running_it(tmp_path: Path) ->
         "sglang": "0.5.23", "nixl-cu13": "1.5.1", "mooncake-transfer-engine-cuda13": "0.3.14", "nvidia-cuda-runtime": "13.0.96",
     }  # fmt: skip
     assert doctor_look.packages(str(tmp_path / "none/bin/python")) == {}
+    # An engine that lies in a folder of PYTHONPATH is not beside its Python, and goes before what is.
+    write(tmp_path, {"own/nixl-1.5.1.dist-info/METADATA": "", "own/sglang-0.5.17.dist-info/METADATA": ""})
+    found = doctor_look.packages(str(tmp_path / "venv/bin/python"), f"{tmp_path}/own:{tmp_path}/gone")
+    assert (found["nixl"], found["sglang"], found["nixl-cu13"]) == ("1.5.1", "0.5.17", "1.5.1")
 
 
 def test_memory_ports_and_limits(tmp_path: Path) -> None:

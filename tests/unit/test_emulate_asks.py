@@ -116,3 +116,14 @@ def test_bad_bodies(api: Api, body: object, said: str) -> None:
     with pytest.raises(BadAskError) as caught:
         read(api, body, "served", 1000)
     assert said in str(caught.value)
+
+
+def test_log_probabilities_are_told_from_a_place_on() -> None:
+    assert not asked("generate", input_ids=[1, 2, 3]).items[0].logprobs
+    (item,) = asked("generate", input_ids=[1, 2, 3], return_logprob=True).items
+    assert (item.logprobs, item.scored_ids) == (True, ())
+    (item,) = asked("generate", input_ids=[1, 2, 3, 4], return_logprob=True, logprob_start_len=1).items
+    assert (item.scored_ids, item.scored_digest) == ((2, 3, 4), prompt_of([1, 2]).digest)
+    for start in (4, -2, "1", True, 1.0):
+        with pytest.raises(BadAskError, match="logprob_start_len must be a whole number below the prompt's 4 tokens"):
+            asked("generate", input_ids=[1, 2, 3, 4], return_logprob=True, logprob_start_len=start)

@@ -141,3 +141,18 @@ def test_an_aborted_item_says_so_and_keeps_its_tokens(api: Api, count: int) -> N
         assert last["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "abort"
         assert last["choices"][0].get("text", "") == ""
         assert whole["usage"]["completion_tokens"] == count
+
+
+def test_an_input_is_judged_as_the_answer_to_what_comes_before() -> None:
+    answer: Any = Reply(ask("generate", return_logprob=True)).whole([ending(ask("generate"), 3)])
+    ids = answer["output_ids"]
+    assert [row[:2] for row in answer["meta_info"]["output_token_logprobs"]] == [[0.0, id] for id in ids]
+    other = (ids[1] + 1) % 4096
+    judging = ask("generate", input_ids=[1, 2, 3, ids[0], other, ids[2]], return_logprob=True, logprob_start_len=2)
+    meta: Any = Reply(judging).whole([ending(judging, 1)])
+    rows, tops = (meta["meta_info"][name] for name in ("input_token_logprobs", "input_top_logprobs"))
+    assert rows[0] == [None, 3, None]
+    assert [row[1] for row in rows[1:]] == [ids[0], other, ids[2]]
+    assert [row[0] == 0.0 for row in rows[1:]] == [True, False, True]
+    assert rows[2][0] < -5
+    assert tops == [None, *([[0.0, id, None]] for id in ids)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
 from pdbench.emulate.text import Prompt, encode, prompt_of
+from pdbench.model.radix import unpack
 
 Api = Literal["generate", "completions", "chat"]
 Body = dict[str, object]
@@ -28,7 +29,8 @@ class BadAskError(ValueError):
 class Item:
     """One prompt of a request. `bootstrap_*` say where its KV cache goes or comes from (None: not said).
 
-    `rid` is its name in replies and for `/abort_request`.
+    `rid` is its name in replies and for `/abort_request`. `scored_ids`: the prompt's last ids, of which log-probabilities
+    are told (the first one has none); they are judged as an answer to `scored_digest`, the prompt up to and with the first.
     """
 
     prompt: Prompt
@@ -37,6 +39,9 @@ class Item:
     bootstrap_port: int | None
     bootstrap_room: int | None
     rid: str = ""
+    logprobs: bool = False
+    scored_ids: tuple[int, ...] = ()
+    scored_digest: bytes = b""
 
     @property
     def fake_transfer(self) -> bool:
@@ -87,7 +92,7 @@ def read(api: Api, body: object, served_model_name: str, context_length: int) ->
     return Ask(
         api=api,
         items=tuple(
-            Item(prompt, limit, host, port, room, rid)
+            Item(prompt, limit, host, port, room, rid, *_scored(api, body, prompt))
             for prompt, host, port, room, rid in zip(prompts, hosts, ports, rooms, _rids(body, len(prompts), batch), strict=True)
         ),
         batch=batch,
@@ -96,6 +101,19 @@ def read(api: Api, body: object, served_model_name: str, context_length: int) ->
         continuous_usage=_flag(options, "continuous_usage_stats"),
         model=str(body.get("model") or served_model_name),
     )
+
+
+def _scored(api: Api, body: Body, prompt: Prompt) -> tuple[bool, tuple[int, ...], bytes]:
+    """Read return_logprob and logprob_start_len, which is -1 where only the output's log-probabilities are wanted."""
+    start = body.get("logprob_start_len", -1)
+    if api != "generate" or not _flag(body, "return_logprob"):
+        return False, (), b""
+    if isinstance(start, bool) or not isinstance(start, int) or not -1 <= start < prompt.tokens:
+        raise BadAskError(f"logprob_start_len must be a whole number below the prompt's {prompt.tokens} tokens, not {start!r}")
+    if start == -1:
+        return True, (), b""
+    ids = unpack(prompt.packed)
+    return True, tuple(ids[start:]), prompt_of(ids[: start + 1]).digest
 
 
 def _per_item(body: Body, key: str, kind: type[_T], count: int) -> list[_T | None]:

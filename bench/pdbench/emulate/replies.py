@@ -15,6 +15,8 @@ DONE = b"data: [DONE]\n\n"
 #: Stands in a template for the text of a token: as long as every word, hence the frame around it fits them all.
 _HOLE = "~" * WORD_LENGTH
 _HOLE_JSON = json.dumps(_HOLE).encode()
+#: Log-probability of a token that the model would not have chosen, in nats.
+_UNLIKELY = -12.0
 #: Turns an event into what is written to the socket: a chunk of HTTP/1.1, or the event as it is.
 Frame = Callable[[bytes], bytes]
 
@@ -188,8 +190,25 @@ class Generate:
     def body(self, ending: Ending) -> Body:
         """Return the whole reply."""
         ids = [self._output.token(index) for index in range(ending.tokens)]
-        meta = {**self._meta(ending.tokens, ending.reason), "e2e_latency": ending.e2e_s}
+        meta = {**self._meta(ending.tokens, ending.reason), "e2e_latency": ending.e2e_s, **self._logprobs(ids)}
         return {"text": "".join(map(word, ids)), "output_ids": ids, "meta_info": meta, **self._place}
+
+    def _logprobs(self, ids: list[int]) -> Body:
+        """Return what return_logprob adds: the model is certain of its token, and holds every other one for very unlikely.
+
+        Rows are [log-probability in nats, id, text]. Those of the input judge its end as the answer to what comes before.
+        """
+        item = self._item
+        if not item.logprobs:
+            return {}
+        right = Output(item.scored_digest)
+        wanted = [right.token(place) for place in range(len(item.scored_ids) - 1)]
+        judged = [[0.0 if id == best else _UNLIKELY, id, None] for id, best in zip(item.scored_ids[1:], wanted, strict=True)]
+        return {
+            "output_token_logprobs": [[0.0, id, None] for id in ids],
+            "input_token_logprobs": [[None, item.scored_ids[0], None], *judged] if item.scored_ids else [],
+            "input_top_logprobs": [None, *([[0.0, best, None]] for best in wanted)] if item.scored_ids else [],
+        }
 
     def token(self, index: int) -> bytes:
         """Return the event of one token, with all before it."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdbench.gate import client, cluster, kv, leftovers, requests, transport
+from pdbench.gate import client, cluster, correct, kv, leftovers, requests, transport
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import Point, RunData
 
-RUN_CHECKS: tuple[Callable[[RunData], Check], ...] = (client.files, client.state, transport.transport)
+RUN_CHECKS: tuple[Callable[[RunData], Check], ...] = (client.files, client.state, transport.transport, correct.correct)
 POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
     requests.accounted,
     requests.errors,

@@ -18,6 +18,13 @@ def pack(ids: Sequence[int]) -> bytes:
     return array("i", ids).tobytes()
 
 
+def unpack(packed: bytes) -> list[int]:
+    """Return the token ids that `pack` took."""
+    ids = array("i")
+    ids.frombytes(packed)
+    return ids.tolist()
+
+
 class Node:
     """One edge of the tree and what hangs below it; `locks` counts the running requests that need it."""
 

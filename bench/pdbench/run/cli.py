@@ -97,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--isl", metavar="N|MIN-MAX", help="prompt length in tokens: fixed, or uniform in a range")
     load.add_argument("--osl", metavar="N|MIN-MAX", help="output length in tokens, forced")
     load.add_argument("--warmup", type=int, metavar="N", help="requests before each point (default: as many as are in flight)")
+    load.add_argument(
+        "--verify-outputs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="before the first point, check the KV cache of N prompts over every prefill-decode pair of --plan (default: 0, off)",
+    )
     load.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed sends the same requests (default: 0)")
     load.add_argument("--timeout", type=float, default=600.0, metavar="S", help="for one request in all (default: 600)")
     trace = p.add_argument_group("trace")
@@ -133,7 +140,9 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Folder]:
     check_prompt_kind(args.api, args.prompt)
     if not args.model and args.api != "generate":
         raise LoadError(f"--model NAME is missing: --api {args.api} needs it")
-    _at_least(args, 0, "warmup", "scrape_interval", "min_delivered")
+    _at_least(args, 0, "warmup", "scrape_interval", "min_delivered", "verify_outputs")
+    if args.verify_outputs and deployment is None:
+        raise LoadError("--verify-outputs goes with --plan, which names the prefill-decode pairs")
     _above_zero(args, "timeout", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "max_loop_lag_ms", "max_lateness_ms")
     setup = Setup(
         api=args.api,
@@ -143,6 +152,7 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Folder]:
         gpus=deployment.gpus if deployment else None,
         slo=Slo(args.slo_ttft_ms, args.slo_tpot_ms, args.slo_e2e_ms),
         bounds=Bounds(args.max_loop_lag_ms, args.max_lateness_ms, args.min_delivered),
+        verify_outputs=args.verify_outputs,
     )
     plan = Plan(
         url=_url(args.url),

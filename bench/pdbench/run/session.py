@@ -25,6 +25,7 @@ from pdbench.run.point import OPEN_WARMUP_SLOTS, Bodies, Sender, Target, run_poi
 from pdbench.run.progress import Progress
 from pdbench.run.summary import Json, Setup, output_of
 from pdbench.run.table import load_name, render
+from pdbench.run.verify import Verifier
 from pdbench.run.watch import Watch, delivered_closed, delivered_open
 
 _VALID, _INVALID = 0, 3
@@ -62,6 +63,7 @@ class Session:
         self._complete = False
         self._watches: dict[int, Watch] = {}
         self._evidence: list[Json] = []
+        self._verified: Json = {}
         self._progress = Progress(folder.progress, len(plan.loads))
 
     async def run(self) -> int:
@@ -138,6 +140,9 @@ class Session:
         sender = Sender(client, self._plan.target, pool, self._progress, self._broken)
         serial = 1
         try:
+            verify = evidence is not None and self._plan.setup.verify_outputs > 0
+            if evidence is not None and verify and not await until(self._stop, self._verify(evidence)):
+                return
             for number, load in enumerate(self._plan.loads):
                 count = self._plan.warmup if self._plan.warmup is not None else (load.concurrency or OPEN_WARMUP_SLOTS)
                 warmups = load.warmup(count)
@@ -160,6 +165,25 @@ class Session:
             if evidence is not None:
                 await evidence.close()
 
+    async def _verify(self, evidence: Evidence) -> None:
+        """Ask every pair whether its KV cache arrives right; the workers are idle, and the next point empties their caches."""
+        deployment, count = evidence.deployment, self._plan.setup.verify_outputs
+        if not deployment.engine.verifiable:
+            reason = "the prefill workers of this engine cannot be asked for the log-probabilities of an answer"
+            self._verified = {"prompts": count, "reason": reason, "pairs": []}
+            return
+        self._progress.phase("warmup", 1, len(deployment.pairs) * count, f"{count} prompts over every pair are verified")
+        verifier = Verifier(deployment, self._plan.headers, self._plan.timeout_s)
+        try:
+            await evidence.reset({})
+            await verifier.ask(self._plan.prompts, count)
+            emptied: Json = {}
+            await evidence.reset(emptied)
+            await verifier.compare(emptied)
+        finally:
+            await verifier.close()
+        self._verified = verifier.report(count)
+
     async def _watched(
         self, evidence: Evidence | None, number: int, reset: Json, start: float, work: Coroutine[None, None, None]
     ) -> bool:
@@ -179,7 +203,8 @@ class Session:
                 await asyncio.gather(scraper, return_exceptions=True)
             entry["after"] = await evidence.snapshot(perf_counter() - start)
             if self._fault is None:
-                write_json(self._folder.evidence, {"schema": 1, "points": self._evidence})
+                verified = {"verify": self._verified} if self._verified else {}
+                write_json(self._folder.evidence, {"schema": 1, **verified, "points": self._evidence})
                 write_metrics(self._folder.server_metrics, evidence.rows)
 
     def _finish(self) -> int:

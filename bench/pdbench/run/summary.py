@@ -25,7 +25,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run's figures depend on beside its records; it is kept in run.json, for `--recover`."""
+    """What a run's figures depend on beside its records; it is kept in run.json, for `--recover`.
+
+    ``verify_outputs``: prompts a pair whose answers are verified before the first point, 0 for none.
+    """
 
     api: str
     prompt: str
@@ -34,6 +37,7 @@ class Setup:
     gpus: int | None
     slo: Slo
     bounds: Bounds
+    verify_outputs: int = 0
 
 
 def point_summary(setup: Setup, number: int, records: Sequence[Record], client: Mapping[str, object]) -> Json:
