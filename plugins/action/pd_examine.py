@@ -101,6 +101,7 @@ class ActionModule(ActionBase):
             "units": [{key: unit[key] for key in ("name", "listen", "ports")} for unit in self.planned["pd_units"].get(host, [])],
             "runtime": own["runtime"],
             "pythons": pythons,
+            "pythonpath": entry.get("runtime", {}).get("env", {}).get("PYTHONPATH", ""),
         }
         arguments = {"look": "host", "task": task, "python": own["venv_python"] or "", "state_dir": own["state_dir"]}
         asked = time.time()

@@ -64,7 +64,7 @@ def host(task: Mapping[str, Any], command: Run = run) -> Json:
 
     ``task``: ``accelerators`` (whether GPUs and RDMA devices are looked for), ``state_dir``, ``install_dir``, ``service_manager``,
     ``folders`` (name -> path), ``names`` to resolve, ``units`` (``name``, ``listen``, ``ports``) that the plan has here,
-    ``runtime``, ``pythons`` (name -> a Python whose packages count).
+    ``runtime``, ``pythons`` (name -> a Python whose packages count), ``pythonpath`` of the engine's.
     """
     units = _units(task["state_dir"], task["install_dir"], task["service_manager"], command)
     running = {unit["name"] for unit in units if unit["pid"]}
@@ -80,7 +80,9 @@ def host(task: Mapping[str, Any], command: Run = run) -> Json:
         "listeners": sorted({(address, port) for address, port, _ in processes.listeners()}),
         "port_range": port_range(ROOT),
         "taken": taken([unit for unit in task["units"] if unit["name"] not in running]),
-        "packages": {name: packages(path) for name, path in task["pythons"].items()},
+        "packages": {
+            name: packages(path, task.get("pythonpath", "") if name == "engine" else "") for name, path in task["pythons"].items()
+        },
         "containers": {task["runtime"]: container_client(task["runtime"], ROOT, command)}
         if task["runtime"] in ("docker", "podman")
         else {},
@@ -200,10 +202,13 @@ def taken(units: Sequence[Mapping[str, Any]]) -> List[Json]:
 # -- software
 
 
-def packages(python: str) -> Dict[str, str]:
-    """Return the versions of the packages that matter, beside a Python (no program of the host is run)."""
+def packages(python: str, path: str = "") -> Dict[str, str]:
+    """Return the versions of the packages that matter, beside a Python (no program of the host is run) and in its PYTHONPATH."""
     found: Dict[str, str] = {}
-    for folder in Path(python).parent.parent.glob("lib/python3*/site-packages/*.dist-info"):
+    beside = Path(python).parent.parent.glob("lib/python3*/site-packages/*.dist-info")
+    # What stands first in PYTHONPATH is what is imported.
+    ahead = [row for folder in reversed(path.split(":")) if folder for row in Path(folder).glob("*.dist-info")]
+    for folder in [*beside, *ahead]:
         name, _, version = folder.name[: -len(".dist-info")].partition("-")
         name = name.lower().replace("_", "-")
         if _PACKAGES.fullmatch(name):
