@@ -530,7 +530,7 @@ def _slowed(f: Facts) -> None:
     _worker(f, "decode-0")["info"]["slow_down_s"] = 90.0
 
 
-@fault("slow-down", severity="warning", where="decode-0")
+@fault("slow-down", severity="info", where="decode-0")
 def _maybe_slowed(f: Facts) -> None:
     """The log has a call of /slow_down, of which SGLang does not say whether it still holds."""
     f["hosts"]["n2"]["units"][0]["log"]["slow_down"] = 'INFO: 127.0.0.1 - "POST /slow_down HTTP/1.1" 200 OK'
