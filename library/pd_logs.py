@@ -54,7 +54,11 @@ def main() -> None:
     manager = MANAGERS[p["service_manager"]](p["state_dir"], "", "")
     logs = {}
     for unit in p["units"]:
-        end = since_start(manager.log_tail(unit, p["lines"]))
+        whole = manager.log_tail(unit, p["lines"])
+        end = since_start(whole)
+        if len(end) < len(whole):
+            # What an earlier process said, a crash perhaps: for people. Checks read the last process's alone.
+            logs[f"{unit}.before"] = whole[: len(whole) - len(end)]
         kept = manager.log_matching(unit, p["keep"], 60, 5) if p["keep"] else ""
         missing = [line for line in kept.splitlines() if line not in end]
         logs[unit] = "\n".join([*missing, *(["[...]"] if missing else []), end])

@@ -125,7 +125,7 @@ class ActionModule(ActionBase):
         job = doctor_reach.jobs(every, {name: row["host"]["listeners"] for name, row in seen.items()})[host]
         router = self.plan["router"]["host"]
         asks = deployed and host == (
-            router if router in seen else next(name for name in seen if name in [*self.plan["hosts"], name])
+            router if router in seen else next((name for name in seen if name in self.plan["hosts"]), None)
         )
         if not (job["connect"] or job["listen"] or asks):
             return {"changed": False, "reach": [], "front": {}}
@@ -135,7 +135,8 @@ class ActionModule(ActionBase):
             "window": _WINDOW_S + _WINDOW_HOST_S * len(seen),
             "state_dir": self.planned["pd_hosts"][host]["state_dir"],
             "plan": self.plan if asks else {},
-            "requests": not self._holder(variables),
+            # Whether somebody measures is known by the router's host alone: without it, nothing is sent into the load.
+            "requests": router in seen and not self._holder(variables),
             "pair_timeout": _PAIR_S,
         }
         return self._call(arguments, variables)
@@ -186,7 +187,12 @@ class ActionModule(ActionBase):
             found: Json = json.loads(path.read_text()) if self.plan.get("kv_probe") or not self.plan.get("emulated") else {}
         except (OSError, ValueError):
             return {}
-        return found if found.get("schema") == 1 else {}
+        if found.get("schema") != 1 or found.get("transfer_backend") != self.plan.get("transfer_backend"):
+            return {}
+        own = {(pair["prefill"], pair["decode"]) for pair in self.plan.get("pairs", [])}
+        for kind in ("paths", "known"):
+            found[kind] = [row for row in found[kind] if (row["prefill"].split(" ")[0], row["decode"].split(" ")[0]) in own]
+        return found
 
     def _findings(self, variables: Json) -> Json:
         seen = self._seen(variables)

@@ -48,7 +48,10 @@ class ActionModule(pd_poll.ActionModule):
         if not common["ends"]:
             return {"changed": False, "results": []}
         # Longer than the programs themselves wait.
-        result = self.poll("pd_probe", common, variables, work["patience_s"] + 120.0)
+        try:
+            result = self.poll("pd_probe", common, variables, work["patience_s"] + 120.0)
+        except AnsibleActionFail as error:
+            return {"changed": False, "trouble": str(error)}
         if result.get("failed"):
             # The other paths are tried all the same; what is wrong here is part of the verdict.
             return {"changed": False, "trouble": result["msg"]}

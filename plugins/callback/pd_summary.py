@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ansible import context
 from ansible.plugins.callback import CallbackBase
 
 DOCUMENTATION = """
@@ -47,7 +48,10 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         """Remember what was typed."""
-        self.command = f"ansible-playbook {Path(playbook._file_name).name}"
+        # Values of -e may be secret: they are not repeated.
+        chosen = [f" -i {source}" for source in context.CLIARGS.get("inventory") or ()]
+        chosen += [f" -l {context.CLIARGS['subset']}"] if context.CLIARGS.get("subset") else []
+        self.command = f"ansible-playbook {Path(playbook._file_name).name}{''.join(chosen)}"
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         """Remember why a host failed; what runs once for all hosts blames none of them."""
@@ -78,7 +82,7 @@ class CallbackModule(CallbackBase):
             for host in sorted(stats.processed, key=lambda host: (host not in told, host))
         ]
         text = tables.table(["host", "what happened"], rows)
-        hints = [f"next: put it right and type {self.command} again; it goes on from what is there"]
+        hints = [f"next: put it right and type {self.command} again (with the same -e); it goes on from what is there"]
         dark = [host for host, text in told.items() if text.startswith("UNREACHABLE")]
         if dark:
             hints.insert(0, f"unreachable: try ssh {dark[0]} by hand (docs/hosts.md); what runs on other hosts was left as it is")

@@ -145,6 +145,9 @@ class Campaign:
         flush(plan)
         got = greedy(url, prompts)
         (self.out / f"answers-{stage}.json").write_text(json.dumps(got) + "\n")
+        if not all(got):
+            self.say(f"{stage}: {sum(not answer for answer in got)} of {len(prompts)} prompts were not answered")
+            return False
         first = self.out / "answers-agg.json"
         if stage == "agg":
             # The control: the start of a prompt matters to its answer, so that equal answers say something of the KV cache.
@@ -157,9 +160,10 @@ class Campaign:
             self.say(
                 f"agg: {count} of {len(prompts)} answers change with the first tenth of the prompt; asked again {again} differ"
             )
-            return True
+            return count == len(prompts) and again == 0
         if not first.exists():
-            return True
+            self.say(f"{stage}: nothing to compare its answers with: run stage agg first")
+            return False
         wanted = json.loads(first.read_text())
         differ = [i for i, (a, b) in enumerate(zip(wanted, got, strict=True)) if a != b]
         self.say(f"{stage}: {len(prompts) - len(differ)} of {len(prompts)} greedy answers are those of agg, differing: {differ}")

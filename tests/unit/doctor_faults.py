@@ -199,7 +199,10 @@ def _old_driver_for_what_is_installed(f: Facts) -> None:
 
 @fault("gpu-memory", where="n1 GPU 0")
 def _memory_gone(f: Facts) -> None:
-    """Less memory is free than mem_fraction takes (the container that fails to start)."""
+    """Less memory is free than mem_fraction takes, before a deploy (the container that fails to start)."""
+    f["deployed"], f["front"] = False, {}
+    for facts in f["hosts"].values():
+        facts["units"] = []
     f["hosts"]["n1"]["gpus"][0]["free_mib"] = 60000
 
 

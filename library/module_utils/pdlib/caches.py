@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import List, Optional
@@ -17,7 +18,7 @@ from .errors import UserError
 
 _MARK = ".pd"
 #: What weights are kept in: where an engine downloaded some into its cache, they outlive a purge.
-_WEIGHTS = (".safetensors", ".gguf")
+_WEIGHTS = re.compile(r".*\.(safetensors|gguf|pth|pt)|(pytorch_)?model.*\.bin|consolidated.*")
 
 
 def make(folder: str, install_dir: str, owner: str) -> bool:
@@ -64,9 +65,9 @@ def remove(install_dir: str, check: bool) -> List[str]:
 
 
 def _weights(path: Path) -> Optional[Path]:
-    """Return a file of model weights below ``path``, None when there is none."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            if name.endswith(_WEIGHTS):
+    """Return a file of model weights (or a folder of the hub's cache) below ``path``, None when there is none."""
+    for folder, folders, names in os.walk(path):
+        for name in [*folders, *names]:
+            if name.startswith("models--") or (name in names and _WEIGHTS.fullmatch(name)):
                 return Path(folder) / name
     return None

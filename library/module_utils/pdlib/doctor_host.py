@@ -89,8 +89,14 @@ def gpu_memory(seen: Seen) -> List[Found]:
         fraction = seen.settings.get(host, {}).get("mem_fraction")
         used = {index for _, rank in seen.ranks(host) for index in rank["gpus"]}
         busy = {row["gpu"] for row in facts["gpu_processes"] if row["ours"]}
+        # In a container nvidia-smi shows no process, or other numbers: a unit that runs holds its GPUs' memory.
+        running = {row["name"] for row in facts["units"] if row["state"] == "running"}
+        busy |= {i for _, rank in seen.ranks(host) if rank["unit"][: -len(".service")] in running for i in rank["gpus"]}
         for card in facts["gpus"]:
-            if card["index"] not in used or card["index"] in busy or not card["memory_mib"] or fraction is None:
+            if card["index"] not in used or not card["memory_mib"] or fraction is None:
+                continue
+            if card["index"] in busy:
+                found.append(ok(f"{host} GPU {card['index']}", "a worker of ours holds it"))
                 continue
             share = card["free_mib"] / card["memory_mib"]
             where, said = f"{host} GPU {card['index']}", f"{card['free_mib']} of {card['memory_mib']} MiB are free"

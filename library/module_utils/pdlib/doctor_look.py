@@ -33,7 +33,8 @@ _LINES = {
     "oom": re.compile(r"CUDA out of memory|OutOfMemoryError|Not enough memory\. Please try"),
 }
 _STARTED, _ENDED = "Profiling starts", "Profiling done"
-_LOG_LINES = 3000
+_ANY = "|".join([*(f"(?i:{pattern.pattern})" for pattern in _LINES.values()), _STARTED, _ENDED])
+_LOG_LINES = 25
 _GPU_FIELDS = "index,name,memory.total,memory.free,pci.bus_id,driver_version"
 
 
@@ -205,7 +206,11 @@ def taken(units: Sequence[Mapping[str, Any]]) -> List[Json]:
 def packages(python: str, path: str = "") -> Dict[str, str]:
     """Return the versions of the packages that matter, beside a Python (no program of the host is run) and in its PYTHONPATH."""
     found: Dict[str, str] = {}
-    beside = Path(python).parent.parent.glob("lib/python3*/site-packages/*.dist-info")
+    home, kinds = (
+        Path(python).parent.parent,
+        ("lib/python3*/site-packages", "lib/python3*/dist-packages", "local/lib/python3*/dist-packages"),
+    )
+    beside = [row for kind in kinds for row in home.glob(f"{kind}/*.dist-info")]
     # What stands first in PYTHONPATH is what is imported.
     ahead = [row for folder in reversed(path.split(":")) if folder for row in Path(folder).glob("*.dist-info")]
     for folder in [*beside, *ahead]:
@@ -250,7 +255,8 @@ def _units(state_dir: str, install_dir: str, name: str, command: Run) -> List[Js
         count, killed = (
             _systemd_past(unit, command) if isinstance(manager, Systemd) else _supervisord_past(manager, unit, command)
         )
-        marks = log_marks(log)
+        # All that the process said which runs now, or ran last; not what one before it did.
+        marks = log_marks(manager.log_matching(unit, _ANY, 100_000, 0))
         lines = [line for line in log.splitlines() if line.strip()]
         found.append(
             {

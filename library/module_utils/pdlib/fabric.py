@@ -343,6 +343,9 @@ def settings_for(host: str, link: Link, use: Use) -> List[Setting]:
             )
         why = "RDMA ports and the TCP device, without which UCX has none" if link.devices else f"TCP only{masked}"
         found.append(Setting("UCX_NET_DEVICES", ",".join([*link.with_ports(), link.tcp_device or ""]), why))
+        # UCX finds an index of each device by itself; one that was set by hand holds for it, too.
+        if gid is not None and link.devices and link.reasons.get("gid_index") == "set by rdma_gid_index":
+            found.append(Setting("UCX_IB_GID_INDEX", str(gid), "set by rdma_gid_index"))
     if use.backend == "mooncake" and use.force_tcp:
         found.append(Setting("MC_FORCE_TCP", "1", "a pair has no common RDMA path, and Mooncake uses one transport for all"))
     elif use.backend == "mooncake" and link.devices:
@@ -383,7 +386,15 @@ def _check_own(host: str, use: Use) -> None:
     for name in ("UCX_NET_DEVICES", "NVSHMEM_HCA_LIST", "NCCL_IB_HCA"):
         value = use.own.get(name, "")
         named: Set[str] = set() if value.startswith("^") else {item.split(":")[0] for item in value.lstrip("=").split(",")}
-        wrong = [device for device in use.excluded if device in named]
+        # NCCL takes a name for every device that begins with it, unless "=" stands before the list.
+        prefix = name == "NCCL_IB_HCA" and not value.startswith(("=", "^"))
+        wrong = [
+            device
+            for device in use.excluded
+            if device in named
+            or (name == "UCX_NET_DEVICES" and "all" in named)
+            or (prefix and any(item and device.startswith(item) for item in named))
+        ]
         if wrong:
             raise UserError(
                 f"host {host}: engine_env sets {name}={value}, and rdma_devices_excluded masks {listing(wrong)}: "

@@ -162,9 +162,10 @@ class Planner:
         return self.accelerated(name) and (moves or any(self.shape[role].nodes > 1 for role in self.ratio.counts()))
 
     def accelerated(self, name: str) -> bool:
-        """Whether the host's workers use real accelerators, so that these are looked for on it."""
+        """Whether the host's workers use GPUs, so that these and RDMA devices are looked for on it; NPUs are not."""
         on_cpu = any(self._on_cpu(name, role) for role in ("prefill", "decode", "aggregated"))
-        return not self.engine.emulated and not on_cpu and name in self.worker_hosts
+        npu = self.cluster["transfer_backend"] == "ascend"
+        return not self.engine.emulated and not on_cpu and not npu and name in self.worker_hosts
 
     def left_to_discover(self) -> List[str]:
         """Return the hosts of which the inventory leaves something open that deploy_pd.yml finds on the host."""

@@ -14,8 +14,8 @@ from .tables import table
 Json = Dict[str, Any]
 #: What of a worker's environment reaches the transfer engine. The rest may change without a new probe.
 _TELLS = re.compile(r"(UCX|MC|MOONCAKE|NIXL|CUDA|LD|PYTHON|PYTORCH|SGLANG_DISAGG|SGLANG_MOONCAKE|SGLANG_NIXL)_?.*")
-#: Seconds that an initiator waits for its turn, for every pair that there is.
-_PATIENCE_S = 20
+#: Seconds that an initiator waits for its turn, for every pair that there is: as long as one that hangs may hold a host.
+_PATIENCE_S = 75
 #: A matrix with more decode ends than this is too wide for a terminal.
 _COLUMNS = 8
 
@@ -129,7 +129,7 @@ def work(
     result.update(known={}, pairs=[], ends={}, waiting={}, moving={}, patience_s=0)
     why = unfit(plan) or ("kv_probe is never" if mode == "never" else "")
     if why:
-        return {**result, "says": f"KV path probe: none ({why})"}
+        return {**result, "known": dict(before or {}), "says": f"KV path probe: none ({why})"}
     skipped, rows = 0, pairs(plan, ends(plan, locks))
     about = [plan["engine"], plan["engine_version"], plan["transfer_backend"], result["op"]]
     for row in rows:

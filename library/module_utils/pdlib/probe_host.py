@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, List, Mapping, Sequence, Tuple
 
 from . import accounts, containers, probe_tool, processes
 from .errors import UserError
@@ -41,12 +41,12 @@ class Probe:
         task["progress"] = str(self._progress(task["id"], task["mode"]))
         name = f"{task['id']}-{task['mode']}"
         command, env = self._command(end, name)
-        if os.geteuid() == 0:
-            # As the workers have it: their units say LimitMEMLOCK=infinity.
+        if self.user:
+            # As the workers have it: systemd's units say LimitMEMLOCK=infinity. Under supervisord they have the shell's limit.
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         user = "" if end["container"] else self.user
-        with open(self.work / f"{name}.out", "wb") as log:
+        with _fresh(self.work / f"{name}.out") as log:
             try:
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=self.work, env=env,
@@ -54,7 +54,8 @@ class Probe:
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(f"{command[0]}: {error.strerror}; the KV path is tried with the workers' own Python") from None
-            (self.work / f"{name}.pid").write_text(str(process.pid))
+            with _fresh(self.work / f"{name}.pid") as pid:
+                pid.write(str(process.pid).encode())
             assert process.stdin is not None
             # It may have died before it read its task: its log, read by the next look, says why.
             with contextlib.suppress(BrokenPipeError), process.stdin as task_in:
@@ -117,6 +118,7 @@ class Probe:
     def move(self, ends: Sequence[Json], token: str, resumed: bool) -> Tuple[Outcome, List[Json]]:
         """Bring the programs that go from here a few seconds further; return the results of all once they are done."""
         if not resumed:
+            self._end_movers()
             self.ready()
             for end in ends:
                 self._progress(end["task"]["id"], "move").unlink(missing_ok=True)
@@ -136,6 +138,15 @@ class Probe:
                 return Outcome(message="; ".join(said) or "starting"), []
             time.sleep(0.1)
 
+    def _end_movers(self) -> None:
+        """End what a deploy that was killed left on its way: it would write its results into ours."""
+        old = {int(file.read_text() or 0) for file in self.work.glob("*-move.pid")}
+        processes.kill([p.pid for p in processes.ours(self.state_dir, UNIT) if _session(p.pid) in old], 2.0)
+        marks = tuple(
+            container_name(f"{UNIT}-{file.name[: -len('.pid')]}", self.state_dir) for file in self.work.glob("*-move.pid")
+        )
+        containers.end({name: client for name, client in containers.ours(self.state_dir).items() if name in marks})
+
     def _log(self, end: Mapping[str, Any], mode: str) -> str:
         return tail(self.work / f"{end['task']['id']}-{mode}.out", 8) or "it ended without a word"
 
@@ -145,6 +156,20 @@ class Probe:
         ours = containers.ours(self.state_dir)
         containers.end({name: client for name, client in ours.items() if name.startswith(f"{UNIT}-")})
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _fresh(path: Path) -> BinaryIO:
+    """Open a new file for writing: the folder is the service user's, who could have left a link there for root to follow."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb")
+
+
+def _session(pid: int) -> int:
+    """Return a process's session: a program and its children share one."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
 
 
 def _groups(user: str) -> List[int]:

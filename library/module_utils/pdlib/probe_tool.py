@@ -477,7 +477,7 @@ def attempt(task: Json, pair: Json, results: List[Json]) -> Json:
         finally:
             os._exit(0)
     os.close(write)
-    stage, text, found = "starting", b"", None  # type: str, bytes, Optional[Json]
+    stage, text, found, turned = "starting", b"", None, False  # type: str, bytes, Optional[Json], bool
     end = time.monotonic() + task["patience_s"]
     with os.fdopen(read, "rb", buffering=0) as pipe:
         while found is None:
@@ -492,14 +492,18 @@ def attempt(task: Json, pair: Json, results: List[Json]) -> Json:
                     stage = message["stage"]
                     progress(task, state="running", message=f"{pair['name']}: {stage}", results=results)
                 if message.get("turn"):
+                    turned = True
                     end = time.monotonic() + PAIR_S
     if found is None:
         kind = "died" if ready else "timeout"
         if not ready:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        error = died(status) if ready else f"not done after {PAIR_S:.0f} s"
-        found = {"kind": kind, "error": error, "there": False, "evidence_there": []}
+        limit = f"not done after {PAIR_S:.0f} s" if turned else f"no turn within {task['patience_s']:.0f} s: other paths hang"
+        error = died(status) if ready else limit
+        # What hangs is the end that is waited for.
+        there = not ready and turned and stage.endswith("at the other end")
+        found = {"kind": kind, "error": error, "there": there, "evidence_there": []}
     else:
         os.waitpid(child, 0)
     return {"stage": stage, "evidence": evidence(log_files(task["folder"], name)), **found}
@@ -625,6 +629,8 @@ def progress(task: Json, **state: Any) -> None:
     path = Path(task["progress"])
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(state))
+    # A container's root writes it, and who deploys reads it; it holds no token.
+    fresh.chmod(0o644)
     os.replace(fresh, path)
 
 

@@ -115,7 +115,7 @@ def message(bad: Sequence[Mapping[str, Any]], count: int) -> str:
     groups: Dict[Tuple[str, str], List[Mapping[str, Any]]] = {}
     for row in bad:
         groups.setdefault((row["cause"], row["fix"]), []).append(row)
-    lines = [f"{len(bad)} of {count} paths of the KV cache are not as they should be, and no worker was started:"]
+    lines = [f"{len(bad)} of {count} paths of the KV cache are not as they should be, so nothing of the deployment was changed:"]
     for (cause, fix), rows in groups.items():
         for row in rows:
             prefill, decode = row["addresses"]["prefill"], row["addresses"]["decode"]

@@ -198,7 +198,7 @@ def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
     # Root without its capabilities is nobody's root; any other user has none to lose.
     account = f"User={user}\n" + ("" if user == "root" else "CapabilityBoundingSet=\n")
     container = unit.get("container")
-    before = _GPU_FILES if unit.get("gpu") else ""
+    before = f"ExecStartPre=/bin/echo {_systemd_word(STARTED)}\n" + (_GPU_FILES if unit.get("gpu") else "")
     after, needs, hardening = "", "", _HARDENING
     if container:
         remove = _remove(unit, _systemd_word)
