@@ -41,11 +41,18 @@ lint: setup-dev
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
-test: lint
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
+REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py gate_faults.py)
+
+# Both at once: the linters take one core, and half of the tests wait for other programs
+test: setup-dev
+	@mkdir -p .pd; $(MAKE) --no-print-directory lint >.pd/lint.log 2>&1 & lint=$$!; \
+	 tests=0; $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(REAL_TOO)) || tests=$$?; \
+	 linted=0; wait $$lint || linted=$$?; cat .pd/lint.log; exit $$((tests + linted))
 
 test-real: setup-dev tiny-model
 	@tools/real_packages.sh
+	$(BIN)/pytest -n 3 --dist loadfile $(REAL_TOO)
 	$(BIN)/pytest tests/real -o timeout=900
 
 # The contents of the KV cache on real SGLang, beside an aggregated server; it takes its engine from `make test-real`

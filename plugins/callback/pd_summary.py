@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from ansible import context
+from ansible import constants, context
 from ansible.plugins.callback import CallbackBase
 
 DOCUMENTATION = """
@@ -48,8 +49,12 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         """Remember what was typed."""
+        usual = [str(source) for source in constants.DEFAULT_HOST_LIST]
         # Values of -e may be secret: they are not repeated.
-        chosen = [f" -i {source}" for source in context.CLIARGS.get("inventory") or ()]
+        given = [str(source) for source in context.CLIARGS.get("inventory") or ()]
+        chosen = [
+            f" -i {os.path.relpath(source) if os.path.exists(source) else source}" for source in given if source not in usual
+        ]
         chosen += [f" -l {context.CLIARGS['subset']}"] if context.CLIARGS.get("subset") else []
         self.command = f"ansible-playbook {Path(playbook._file_name).name}{''.join(chosen)}"
 
