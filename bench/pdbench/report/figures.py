@@ -294,6 +294,7 @@ def draw(name: str, sheet: Sheet, *kinds: str) -> list[bytes]:
                 page = io.BytesIO()
                 # Without a date the same run gives the same bytes.
                 figure.savefig(page, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+                figure.set_layout_engine("none")  # the places that the first format was given hold for the others
                 pages.append(page.getvalue())
         finally:
             plt.close(figure)
