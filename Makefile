@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-kv | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-kv | test-faults | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-kv test-vllm test-lab test-lab-real test-rdma bench-deploy lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -59,6 +59,10 @@ test-real: setup-dev tiny-model
 test-kv: setup-dev tiny-model
 	PD_TEST_KV=1 $(BIN)/pytest tests/real/test_kv_correct.py -s -o timeout=1500
 
+# Every fault of docs/reliability.md on real SGLang; `make test-real` has two of them
+test-faults: setup-dev tiny-model
+	PD_TEST_FAULTS=1 $(BIN)/pytest tests/real/test_faults.py -s -o timeout=1500
+
 # Real vLLM on this machine's CPU: 3.5 GB and some minutes more, so a target of its own
 test-vllm: setup-dev tiny-model
 	PD_TEST_VLLM=1 $(BIN)/pytest tests/real/test_local_vllm.py -o timeout=1500
@@ -80,6 +84,11 @@ test-lab-real: setup-dev lab-deps
 
 lab-deps: setup
 	@$(LAB) deps
+
+# `pdbench run` beside its peers and a server that knows the truth, in turns: docs/results/client.md. gcc and 2 GB for the peers'
+# virtualenvs are needed; half an hour, ARGS="--repeats 1" for a look
+bench-client: setup
+	PYTHONPATH=bench $(BIN)/python -m yardstick $(ARGS)
 
 # What deploy, no-op and ratio change cost on 4, 16 and 48 hosts: docs/results/deploy-scale.md
 bench-deploy: setup-dev lab-deps

@@ -14,8 +14,11 @@ options:
   state_dir: {description: State directory of the client host., type: path, required: true}
   run_id: {description: The run., type: str, default: ""}
   argv: {description: "The load generator's command; C({dir}) is the run's folder.", type: list, elements: str, default: []}
+  selfcheck: {description: "What goes before the load generator, to calibrate it; empty: nothing.", type: list, elements: str, default: []}
   plan: {description: The deployed plan., type: dict, default: {}}
-  files: {description: Base64 contents of the trace file., type: dict, default: {}}
+  files: {description: Base64 contents of the load's files by their path on the controller., type: dict, default: {}}
+  names: {description: "What they are called in the run's folder: name to path.", type: dict, default: {}}
+  load: {description: "What C(--load) reads, as load.yml.", type: dict, default: {}}
   api_key: {description: The key of the deployment., type: str}
   needed_mb: {description: Free disk that must be there., type: int, default: 0}
   archive: {description: Where C(pack) writes., type: str, default: ""}
@@ -41,6 +44,9 @@ message: {description: How far it is., returned: "C(action) run", type: str, sam
 runs: {description: Runs that were never fetched., returned: "C(action) left_over", type: list, sample: []}
 """
 
+import base64
+import json
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import bench_job
 from ansible.module_utils.pdlib.errors import UserError
@@ -54,8 +60,11 @@ def main() -> None:
             "state_dir": {"type": "path", "required": True},
             "run_id": {"type": "str", "default": ""},
             "argv": {"type": "list", "elements": "str", "default": []},
+            "selfcheck": {"type": "list", "elements": "str", "default": []},
             "plan": {"type": "dict", "default": {}},
             "files": {"type": "dict", "default": {}},
+            "names": {"type": "dict", "default": {}},
+            "load": {"type": "dict", "default": {}},
             "api_key": {"type": "str", "no_log": True},
             "needed_mb": {"type": "int", "default": 0},
             "archive": {"type": "str", "default": ""},
@@ -80,7 +89,10 @@ def main() -> None:
             result.update(done=True)
         elif p["action"] == "run":
             if not p["resumed"]:
-                job.start(p["argv"], p["plan"], next(iter(p["files"].values()), ""), p["api_key"], p["needed_mb"])
+                files = {name: p["files"][path] for name, path in p["names"].items()}
+                if p["load"]:
+                    files["load.yml"] = base64.b64encode(json.dumps(p["load"], indent=1).encode()).decode()
+                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
         elif p["action"] == "pack":

@@ -7,7 +7,8 @@ DOCUMENTATION = r"""
 module: pd_runtime
 short_description: Check an engine that is there, or pull or load its image
 description:
-  - With C(kind=existing) the Python must be there, run, and have the engine in the wanted version.
+  - With C(kind=existing) the Python must be there, run, and have the engine in the wanted version, and not two builds of Mooncake;
+    of two builds of NIXL it warns.
   - With C(kind=docker) or C(podman) the client must be usable, GPUs must be known to it, and the image is pulled where it is
     not there, or loaded from an archive that the controller sends. Works a few seconds a call and returns C(done); the
     action C(pd_engine) calls it until it is done.
@@ -73,6 +74,8 @@ def main() -> None:
         )
     except UserError as error:
         module.fail_json(msg=str(error))
+    if outcome.done and outcome.message:
+        module.warn(outcome.message)
     module.exit_json(
         changed=bool(outcome.changed),
         done=outcome.done,

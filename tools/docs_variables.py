@@ -31,7 +31,7 @@ _TYPES = {
     "dict": "mapping",
     "ints": "whole numbers, `32,64`",
     "gpus": "count, list of indices, or `auto`",
-    "span": "`512`, or `256-1024`",
+    "span": "length (docs/load.md)",
 }
 _SECRET = " Secret: never in a plan, a service's command line or a log."
 _HEAD = """\
@@ -40,11 +40,14 @@ _HEAD = """\
 Made by `make docs` from `library/module_utils/pdlib/variables.py`; do not edit.
 
 A value comes from, strongest first: `-e`, the inventory (`host_vars/`, groups, `all: vars:`), `group_vars/all.yml`, the default
-below. A misspelt name or a value of the wrong kind is refused before a host is touched.
+below ("not set: 300" is what the engine then does by itself). A misspelt name or a value of the wrong kind is refused before a
+host is touched.
 """
 
 
 def _default(variable: Variable) -> str:
+    if variable.otherwise:
+        return f"not set: {variable.otherwise}"
     if variable.default is None:
         return "not set"
     return f"`{variable.default if isinstance(variable.default, str) and variable.default else json.dumps(variable.default)}`"
@@ -67,7 +70,7 @@ def page() -> str:
         lines += ["| name | type | default | unit | choices | meaning |", "|---|---|---|---|---|---|"]
         for variable in VARIABLES.values():
             if variable.scope == scope:
-                meaning = variable.doc + (_SECRET if variable.secret else "")
+                meaning = variable.doc + (f" `{variable.env}`" if variable.env else "") + (_SECRET if variable.secret else "")
                 name, kind = f"`{variable.name}`", _TYPES[variable.type]
                 cells = [name, kind, _default(variable), variable.unit, _allowed(variable), meaning]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

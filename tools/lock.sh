@@ -11,7 +11,7 @@ lock() { # NAME [OPTIONS...]
   "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-header "$@" "$name.in" -o "$name.txt"
 }
 
-for name in controller dev router-sglang-router router-smg router-vllm-router supervisor pdbench pdbench-emulate tiny-model hub; do
+for name in controller dev router-sglang-router router-smg router-vllm-router supervisor pdbench pdbench-emulate tiny-model hub yardstick-sglang yardstick-aiperf; do
   lock "$name"
 done
 for version in 0.5.17 0.5.23; do
@@ -21,3 +21,10 @@ done
 for name in engine-sglang-cpu engine-vllm-cpu engine-vllm-0.33.0; do
   lock "$name" --override "$name.override"
 done
+for path in transfer-*.in; do
+  # Beside an engine that has what they depend on; and nixl asks for both of its builds.
+  lock "${path%.in}" --no-deps
+done
+lock nixl-build
+# what it depends on is for downloading
+lock tokenizer --no-deps

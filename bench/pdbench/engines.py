@@ -8,8 +8,34 @@ vLLM: 0.33, ``vllm/v1/metrics/loggers.py`` and the NIXL connector's metrics.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timer:
+    """A histogram of one role's workers: counter names without ``_sum`` and ``_count`` (the first that is shown is taken)."""
+
+    role: str
+    names: tuple[str, ...]
+    unit_s: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of TTFT: the means of ``times`` less those of ``less``, which lie within them and are stages of their own."""
+
+    name: str
+    times: tuple[Timer, ...]
+    less: tuple[Timer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How an engine splits TTFT: ``inside``: timers whose sum runs from a request's arrival to its first token."""
+
+    inside: tuple[Timer, ...]
+    parts: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -23,7 +49,8 @@ class Engine:
     request as a matter of course. ``log_lines``: what a worker's log says of its transport, as DESIGN names transports.
     ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none. ``info``:
     the path of what a worker says of itself. ``verifiable``: a prefill worker can be asked for the log-probabilities of what a
-    decode worker answered (pdbench.run.verify).
+    decode worker answered (pdbench.run.verify). ``apart`` and ``together``: the stages of TTFT with prefill and decode on
+    workers of their own, and on the same ones.
     """
 
     served: Mapping[str, tuple[str, ...]]
@@ -44,6 +71,8 @@ class Engine:
     flush: str = ""
     info: str = "/server_info"
     verifiable: bool = False
+    apart: Stages = Stages((), ())
+    together: Stages = Stages((), ())
 
 
 #: Mooncake installs one transport and says which; UCX says what a protocol uses under UCX_PROTO_INFO=y, in tables.
@@ -51,6 +80,46 @@ _TRANSPORT_LINES = (
     (re.compile(r"MC_FORCE_TCP is set, using TCP|Using TCP transport"), "tcp"),
     (re.compile(r"Using RDMA transport|installTransport, type=rdma|zero-copy (?:rc|dc)_\w+/"), "rdma"),
     (re.compile(r"Using Intra-Node NVLink transport|zero-copy cuda_ipc/"), "cuda_ipc"),
+)
+
+#: the router's own time to first token, of those that measure it (sglang-router does for gRPC workers only)
+ROUTER_TTFT = ("smg_pd_ttft_seconds", "smg_router_ttft_seconds")
+
+
+def _sglang_stage(role: str, stage: str, *others: str) -> Timer:
+    return Timer(role, (f'sglang:per_stage_req_latency_seconds{{stage="{stage}"}}', *others))
+
+
+# req_time_stats.py, as decode sees it, whose TTFT it is: it meets prefill (bootstrap), waits for memory (allocation), tells
+# prefill, and waits for the KV cache (`decode_transferred`). That wait holds prefill's queue, forward pass and transfer; what
+# is left of it is prefill's scheduler coming round to the request, and counts as bootstrap. Prefill's own bootstrap time will
+# not do: it begins before decode has the request when the router is slow. The transfer is what is left of it after the
+# forward pass: earlier chunks travel while later ones are computed.
+_SGLANG_QUEUE = Timer("prefill", ("sglang:queue_time_seconds",))
+_SGLANG_FORWARD = _sglang_stage("prefill", "prefill_forward")
+_SGLANG_TRANSFER = _sglang_stage("prefill", "prefill_transfer_kv_cache")
+_SGLANG_APART = Stages(
+    inside=(Timer("decode", ("sglang:time_to_first_token_seconds",)),),
+    parts=(
+        Stage(
+            "bootstrap",
+            (Timer("decode", ("sglang:kv_transfer_bootstrap_ms",), 1e-3), _sglang_stage("decode", "decode_transferred")),
+            (_SGLANG_QUEUE, _SGLANG_FORWARD, _SGLANG_TRANSFER),
+        ),
+        Stage("prefill_queue", (_SGLANG_QUEUE,)),
+        Stage("prefill_forward", (_SGLANG_FORWARD,)),
+        Stage("kv_allocation", (Timer("decode", ("sglang:kv_transfer_alloc_ms",), 1e-3),)),
+        Stage("kv_transfer", (_SGLANG_TRANSFER,)),
+        Stage("decode_queue", (_sglang_stage("decode", "decode_waiting", "sglang:queue_time_seconds"),)),
+        Stage("first_step", (_sglang_stage("decode", "fake_output"),)),
+    ),
+)
+_SGLANG_TOGETHER = Stages(
+    inside=(Timer("aggregated", ("sglang:time_to_first_token_seconds",)),),
+    parts=(
+        Stage("prefill_queue", (Timer("aggregated", ("sglang:queue_time_seconds",)),)),
+        Stage("prefill_forward", (_sglang_stage("aggregated", "prefill_forward"),)),
+    ),
 )
 
 _SGLANG = Engine(
@@ -87,6 +156,32 @@ _SGLANG = Engine(
     stop_profile="/stop_profile",
     flush="/flush_cache",
     verifiable=True,
+    apart=_SGLANG_APART,
+    together=_SGLANG_TOGETHER,
+)
+
+# vllm/v1/metrics/stats.py. One role after the other: prefill answers the router before decode is asked. Decode counts the
+# wait for the KV cache as queueing, the last prompt token that it computes again as its prefill.
+_VLLM_TRANSFER = Timer("decode", ("vllm:nixl_xfer_time_seconds",))
+_VLLM_APART = Stages(
+    inside=(
+        Timer("prefill", ("vllm:e2e_request_latency_seconds",)),
+        Timer("decode", ("vllm:time_to_first_token_seconds",)),
+    ),
+    parts=(
+        Stage("prefill_queue", (Timer("prefill", ("vllm:request_queue_time_seconds",)),)),
+        Stage("prefill_forward", (Timer("prefill", ("vllm:request_prefill_time_seconds",)),)),
+        Stage("kv_transfer", (_VLLM_TRANSFER,)),
+        Stage("decode_queue", (Timer("decode", ("vllm:request_queue_time_seconds",)),), (_VLLM_TRANSFER,)),
+        Stage("first_step", (Timer("decode", ("vllm:request_prefill_time_seconds",)),)),
+    ),
+)
+_VLLM_TOGETHER = Stages(
+    inside=(Timer("aggregated", ("vllm:time_to_first_token_seconds",)),),
+    parts=(
+        Stage("prefill_queue", (Timer("aggregated", ("vllm:request_queue_time_seconds",)),)),
+        Stage("prefill_forward", (Timer("aggregated", ("vllm:request_prefill_time_seconds",)),)),
+    ),
 )
 
 _VLLM = Engine(
@@ -111,6 +206,8 @@ _VLLM = Engine(
     log_lines=_TRANSPORT_LINES,
     # /server_info is there in its development mode only
     info="/version",
+    apart=_VLLM_APART,
+    together=_VLLM_TOGETHER,
 )
 
 _ENGINES = {"sglang": _SGLANG, "emulated": _SGLANG, "vllm": _VLLM}
@@ -119,3 +216,27 @@ _ENGINES = {"sglang": _SGLANG, "emulated": _SGLANG, "vllm": _VLLM}
 def engine(name: object) -> Engine:
     """Return the facts of an engine of a plan; one that is not known counts as SGLang, so that what it lacks shows."""
     return _ENGINES.get(str(name), _SGLANG)
+
+
+_SAMPLE = re.compile(r"(?P<name>[^{]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
+
+
+def total(samples: Mapping[str, float], counter: str) -> float | None:
+    """Return the sum over label sets of ``name`` or ``name{label="value"}``; None when there is no such sample."""
+    wanted = _SAMPLE.fullmatch(counter)
+    assert wanted is not None
+    values = []
+    for key, value in samples.items():
+        sample = _SAMPLE.fullmatch(key)
+        if sample and sample["name"] == wanted["name"] and (wanted["labels"] or "") in (sample["labels"] or ""):
+            values.append(value)
+    return sum(values) if values else None
+
+
+def engine_of(samples: Collection[str]) -> Engine | None:
+    """Return the facts of the engine that shows these samples; None when none of ours does."""
+    for facts in (_SGLANG, _VLLM):
+        prefix = facts.prompt_tokens.partition(":")[0] + ":"
+        if any(name.startswith(prefix) for name in samples):
+            return facts
+    return None

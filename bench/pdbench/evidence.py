@@ -7,9 +7,11 @@ stops a run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
+import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from pdbench.engines import Engine, engine
+from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
 from pdbench.records import replacing
 
@@ -36,6 +39,8 @@ _INFO = (
 )
 #: seconds in which a worker must have become idle, so that its cache can be emptied, and between two tries
 _IDLE_WITHIN_S, _IDLE_POLL_S = 20.0, 0.2
+#: the source of what the load generator's own host says, in server_metrics.parquet
+_HOST = f"host:{socket.gethostname()}"
 #: seconds that a profiler may take to write what it recorded
 _PROFILE_WITHIN_S = 120.0
 
@@ -189,14 +194,22 @@ class Evidence:
         return "ok" if response.status == 200 else f"HTTP {response.status}{f': {text}' if text else ''}"
 
     async def scrape(self, point: int, start: float, every_s: float) -> None:
-        """Append all metrics of all servers to ``rows`` every ``every_s`` seconds until cancelled."""
+        """Append all metrics of all servers, and of this host, to ``rows`` every ``every_s`` seconds until cancelled."""
         pages = {name: f"{url}/metrics" for name, url in self.deployment.workers.items()}
         if self.deployment.router_metrics_url:
             pages["router"] = self.deployment.router_metrics_url
-        while True:
-            begun = perf_counter()
-            await asyncio.gather(*(self._scrape(point, start, name, url) for name, url in pages.items()))
-            await asyncio.sleep(max(0.0, every_s - (perf_counter() - begun)))
+        gpus = Gpus()
+        await gpus.start(every_s)
+        try:
+            while True:
+                begun = perf_counter()
+                await asyncio.gather(*(self._scrape(point, start, name, url) for name, url in pages.items()))
+                found = await asyncio.get_running_loop().run_in_executor(self._pool, host_samples)
+                t_s = perf_counter() - start
+                self.rows += [(point, t_s, _HOST, *sample) for sample in (*found, *gpus.take())]
+                await asyncio.sleep(max(0.0, every_s - (perf_counter() - begun)))
+        finally:
+            await gpus.stop()
 
     async def _scrape(self, point: int, start: float, source: str, url: str) -> None:
         try:
@@ -212,7 +225,12 @@ class Evidence:
         url = self.deployment.router_url
         workers, readiness, errors = await self._both(f"{url}/workers", f"{url}/readiness", json.loads, json.loads)
         listed = workers.get("workers") if isinstance(workers, dict) else workers
-        return {"workers": listed or [], "readiness": readiness or {}, "error": errors}
+        metrics: dict[str, float] = {}
+        # Nothing is judged by them, so a router without is no error.
+        if self.deployment.router_metrics_url:
+            with contextlib.suppress(_Silent):
+                metrics = await self._parse(await self._text(self.deployment.router_metrics_url))
+        return {"workers": listed or [], "readiness": readiness or {}, "metrics": metrics, "error": errors}
 
     async def _worker(self, url: str) -> dict[str, object]:
         info, text, errors = await self._both(url + self.deployment.engine.info, f"{url}/metrics", json.loads, str)

@@ -9,11 +9,14 @@ x[0..n-1], p is x[k] + (h-k)(x[k+1]-x[k]) with h = (n-1)p/100 and k = floor(h).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pdbench import intervals
+from pdbench.intervals import Floats, Ints
 from pdbench.records import NOT_REPORTED, Record
 
 #: a distribution as it stands in summary.json: mean, min, max, p50, p90, p95, p99; None when there is no sample
@@ -36,7 +39,7 @@ class Slo:
 
 def stats(samples: Iterable[float]) -> Stats:
     """Return mean, min, max and percentiles of the samples, in their unit; every value is None when there are none."""
-    values = np.fromiter(samples, dtype=np.float64)
+    values = np.fromiter(samples, dtype=np.float64) if not isinstance(samples, np.ndarray) else samples
     names = ("mean", "min", "max", *(f"p{p}" for p in _PERCENTILES))
     if not values.size:
         return dict.fromkeys(names)
@@ -82,29 +85,94 @@ def itl_s(record: Record) -> list[float]:
     return [float(gap) for gap in np.diff(record.chunk_s)]
 
 
-def goodput(records: Sequence[Record], slo: Slo, duration_s: float) -> dict[str, object] | None:
+def token_itl_s(record: Record) -> list[float]:
+    """Inter-token latency by *token*: an event of k tokens counts k times, each a k-th of the gap before it, seconds.
+
+    As serving.py does for ``/generate``. k is what the server says; where it gives a total only, events are taken to hold
+    as many each as a stream interval would give them (`_interval`), else an even share. Tokens of the first event have no
+    gap before them.
+    """
+    counts, times = record.chunk_tokens, np.array(record.chunk_s)
+    if len(counts) != len(times):
+        counts = _interval(output_tokens(record), len(times))
+    if len(counts) == len(times):
+        held = np.array(counts, dtype=np.int64)
+        # An event without a new token ends no gap: it goes on to the next that has one.
+        times, held = times[held > 0], held[held > 0]
+        each = np.diff(times) / held[1:]
+        return [float(gap) for gap in np.repeat(each, held[1:])]
+    share = (output_tokens(record) - 1) / (len(times) - 1) if len(times) > 1 else 1.0
+    return [float(gap) for gap in np.repeat(np.diff(times) / share, max(1, round(share)))]
+
+
+def _interval(tokens: int, events: int) -> list[int]:
+    """Return the tokens of every event of a stream that sends every k-th token, as its two totals tell; [] when none does.
+
+    Either every event holds k but the last, or the first holds one: SGLang sends prefill's token at once
+    (scheduler_output_processor_mixin.py, ``stream_interval``).
+    """
+    for first in (0, 1):
+        if events > first and (k := -(-(tokens - first) // (events - first))) > 0:
+            whole = events - first - 1
+            last = tokens - first - k * whole
+            if 0 < last <= k:
+                return [1] * first + [k] * whole + [last]
+    return []
+
+
+def normalised_s(record: Record) -> float | None:
+    """Normalised latency: E2E / n, seconds per output token, the first one and its wait included; None without tokens.
+
+    As Orca (OSDI 2022, section 6) and vLLM's paper (SOSP 2023, section 6.1) define it.
+    """
+    n = output_tokens(record)
+    return e2e_s(record) / n if n > 0 else None
+
+
+def user_rate(record: Record) -> float | None:
+    """Tokens per second per user: 1 / TPOT, what one reader sees once the first token is there; None for n < 2.
+
+    It is the x-axis of InferenceX's Pareto plots (``intvty``); beside it stands tokens/s/GPU.
+    """
+    tpot = tpot_s(record)
+    return 1 / tpot if tpot else None
+
+
+def goodput(records: Sequence[Record], slo: Slo, duration_s: float, gpus: int | None = None) -> dict[str, object] | None:
     """Return the requests that met every limit; None without a limit.
 
-    ``good`` of ``sent`` (failed ones are sent and never good), ``attainment = good / sent``, ``request_throughput =
-    good / duration`` in requests/s. TPOT of a one-token answer counts as 0 (goodput.py, ``calculate_goodput``).
+    ``good`` of ``sent`` (failed ones are sent and never good), ``attainment = good / sent`` with Wilson's 95 % interval,
+    ``request_throughput = good / duration`` in requests/s; ``met`` is the share that met each limit alone. TPOT of a
+    one-token answer counts as 0 (goodput.py, ``calculate_goodput``).
+
+    The goodput of a *deployment* is the highest rate, per GPU, at which attainment is 90 % (DistServe, OSDI 2024,
+    section 2): `pdbench search goodput` looks for it.
     """
     if not slo:
         return None
+    measures: dict[str, tuple[float | None, Callable[[Record], float | None]]] = {
+        "ttft_ms": (slo.ttft_ms, ttft_s),
+        "tpot_ms": (slo.tpot_ms, tpot_s),
+        "e2e_ms": (slo.e2e_ms, e2e_s),
+    }
+    limits = {name: limit for name, (limit, _) in measures.items() if limit is not None}
 
-    def within(seconds: float | None, limit_ms: float | None) -> bool:
-        return limit_ms is None or (seconds or 0.0) * 1000 <= limit_ms
+    def meets(record: Record, name: str) -> bool:
+        return record.ok and (measures[name][1](record) or 0.0) * 1000 <= limits[name]
 
-    good = sum(
-        r.ok and within(ttft_s(r), slo.ttft_ms) and within(tpot_s(r), slo.tpot_ms) and within(e2e_s(r), slo.e2e_ms)
-        for r in records
-    )
-    limits = {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms, "e2e_ms": slo.e2e_ms}
+    sent = len(records)
+    met = {name: sum(meets(r, name) for r in records) for name in limits}
+    good = sum(all(meets(r, name) for name in limits) for r in records)
+    rate = good / duration_s if duration_s > 0 else 0.0
     return {
-        "slo": {name: limit for name, limit in limits.items() if limit is not None},
+        "slo": limits,
         "good": good,
-        "sent": len(records),
-        "attainment": good / len(records) if records else 0.0,
-        "request_throughput": good / duration_s if duration_s > 0 else 0.0,
+        "sent": sent,
+        "attainment": good / sent if sent else 0.0,
+        "attainment_interval": list(intervals.wilson(good, sent)),
+        "met": {name: count / sent if sent else 0.0 for name, count in met.items()},
+        "request_throughput": rate,
+        "request_throughput_per_gpu": rate / gpus if gpus else None,
     }
 
 
@@ -115,44 +183,118 @@ def duration_s(records: Sequence[Record]) -> float:
     return max(ends) - min(sent) if sent and ends else 0.0
 
 
+@dataclass(frozen=True)
+class Sample:
+    """All values of one metric, in the order their requests were sent, and the batch (`pdbench.intervals`) of each."""
+
+    values: Floats
+    batch: Ints
+
+    def stats(self) -> Stats:
+        """Return mean, min, max and percentiles."""
+        return stats(self.values)
+
+    def intervals(self) -> dict[str, list[float | None] | None]:
+        """Return the 95 % intervals of mean and percentiles, ``[low, high]``; None where there are too few samples."""
+        ordered = np.sort(self.values)
+        found = {"mean": intervals.of_mean(self.values, self.batch)}
+        for p in _PERCENTILES:
+            found[f"p{p}"] = intervals.of_percentile(ordered, self.values, self.batch, p / 100)
+        return {name: None if ends is None else list(ends) for name, ends in found.items()}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
+
+#: metric -> (its value of a request, when that value was complete)
+_BY_REQUEST: dict[str, tuple[Callable[[Record], float | None], Callable[[Record], float]]] = {
+    "ttft_ms": (lambda r: _ms(ttft_s(r)), lambda r: r.first_s),
+    "tpot_ms": (lambda r: _ms(tpot_s(r)), lambda r: r.end_s),
+    "e2e_ms": (lambda r: _ms(e2e_s(r)), lambda r: r.end_s),
+    "normalised_latency_ms": (lambda r: _ms(normalised_s(r)), lambda r: r.end_s),
+    "ttft_scheduled_ms": (lambda r: _ms(r.first_s - r.scheduled_s), lambda r: r.first_s),
+    "e2e_scheduled_ms": (lambda r: _ms(r.end_s - r.scheduled_s), lambda r: r.end_s),
+    "request_output_throughput": (lambda r: output_tokens(r) / e2e_s(r) if e2e_s(r) > 0 else None, lambda r: r.end_s),
+    "output_throughput_per_user": (user_rate, lambda r: r.end_s),
+}
+METRICS = (*_BY_REQUEST, "itl_ms", "itl_token_ms")
+
+
+def samples(good: Iterable[Record], begin_s: float = -math.inf, end_s: float = math.inf) -> dict[str, Sample]:
+    """Return the values of every metric of `METRICS` that were *complete* within (begin_s, end_s].
+
+    A TTFT is complete when the first token is there, a gap with the event that ends it, the others with the last token.
+    Counting what is complete in a window, not what was sent in it, favours neither short nor long requests.
+    """
+    requests = sorted(
+        (r for r in good if r.end_s > begin_s and r.first_s <= end_s and r.sent_s == r.sent_s), key=lambda r: r.sent_s
+    )
+    batches = intervals.batches(len(requests))
+    found: dict[str, Sample] = {}
+    for name, (value, when) in _BY_REQUEST.items():
+        inside = [(v, b) for r, b in zip(requests, batches, strict=True) if begin_s < when(r) <= end_s and _real(v := value(r))]
+        found[name] = Sample(np.array([v for v, _ in inside], dtype=np.float64), np.array([b for _, b in inside], dtype=np.int64))
+    for name, gaps in (("itl_ms", itl_s), ("itl_token_ms", token_itl_s)):
+        parts = [np.array(gaps(_cut(r, begin_s, end_s))) * 1000 for r in requests]
+        sizes = [part.size for part in parts]
+        found[name] = Sample(np.concatenate([np.empty(0), *parts]), np.repeat(batches, sizes))
+    return found
+
+
+def _real(value: float | None) -> bool:
+    return value is not None and value == value
+
+
+def _cut(record: Record, begin_s: float, end_s: float) -> Record:
+    """Return the record without the gaps that ended outside of (begin_s, end_s]."""
+    if record.first_s > begin_s and record.end_s <= end_s:
+        return record
+    times = record.chunk_s
+    # The last event before the window stays: it begins the first gap in it.
+    first = max(0, int(np.searchsorted(times, begin_s, side="right")) - 1)
+    last = int(np.searchsorted(times, end_s, side="right"))
+    counts = record.chunk_tokens[first:last]
+    share = output_tokens(record) * (last - first) / max(1, len(times))
+    return replace(record, chunk_s=times[first:last], chunk_tokens=counts, output_tokens=round(share))
+
+
 def summarise(records: Sequence[Record], gpus: int | None = None, slo: Slo | None = None) -> dict[str, object]:
     """Return the figures of one load point from its measured records (no warm-up among them).
 
     Failed requests are counted in ``failed`` and enter no latency and no throughput. Throughputs are per second of
     ``duration_s``; ``*_per_gpu`` divides by *all* ``gpus`` that the deployment holds, prefill and decode together, and
     is None when that number is unknown. ``mean_in_flight`` is sum(E2E) / duration (serving.py: ``concurrency``).
+    ``intervals`` holds the 95 % intervals of means and percentiles by metric.
     """
     good = [r for r in records if r.ok]
     span = duration_s(records)
     n_in, n_out = sum(map(input_tokens, good)), sum(map(output_tokens, good))
-
-    def rate(amount: float) -> float:
-        return amount / span if span > 0 else 0.0
-
-    def per_gpu(amount: float) -> float | None:
-        return rate(amount) / gpus if gpus else None
-
-    def ms(seconds: Iterable[float]) -> Stats:
-        return stats(1000 * s for s in seconds)
-
-    latencies = [e2e_s(r) for r in good]
+    found = samples(good)
     return {
         "completed": len(good),
         "failed": len(records) - len(good),
         "duration_s": span,
         "input_tokens": n_in,
         "output_tokens": n_out,
-        "request_throughput": rate(len(good)),
-        "input_throughput": rate(n_in),
-        "output_throughput": rate(n_out),
-        "total_throughput": rate(n_in + n_out),
-        "output_throughput_per_gpu": per_gpu(n_out),
-        "total_throughput_per_gpu": per_gpu(n_in + n_out),
-        "mean_in_flight": rate(sum(latencies)),
-        "ttft_ms": ms(ttft_s(r) for r in good),
-        "itl_ms": ms(gap for r in good for gap in itl_s(r)),
-        "tpot_ms": ms(t for t in map(tpot_s, good) if t is not None),
-        "e2e_ms": ms(latencies),
-        "request_output_throughput": stats(output_tokens(r) / e2e_s(r) for r in good if e2e_s(r) > 0),
-        "goodput": goodput(records, slo or Slo(), span),
+        **rates(len(good), n_in, n_out, sum(map(e2e_s, good)), span, gpus),
+        **{name: sample.stats() for name, sample in found.items()},
+        "goodput": goodput(records, slo or Slo(), span, gpus),
+        "intervals": {"level": intervals.LEVEL, **{name: sample.intervals() for name, sample in found.items()}},
+    }
+
+
+def rates(
+    completed: float, n_in: float, n_out: float, busy_s: float, span_s: float, gpus: int | None
+) -> Mapping[str, float | None]:
+    """Return requests and tokens per second of ``span_s``, per GPU too; ``busy_s`` is the sum of all times in flight."""
+
+    def rate(amount: float) -> float:
+        return amount / span_s if span_s > 0 else 0.0
+
+    whole = {"request": completed, "input": n_in, "output": n_out, "total": n_in + n_out}
+    return {
+        **{f"{name}_throughput": rate(amount) for name, amount in whole.items()},
+        **{f"{name}_throughput_per_gpu": rate(amount) / gpus if gpus else None for name, amount in whole.items()},
+        "mean_in_flight": rate(busy_s),
     }

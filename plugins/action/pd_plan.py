@@ -23,7 +23,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_spec, engines, plan, probe, processes, settings, tables, units  # noqa: E402
+from pdlib import bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
@@ -138,10 +138,12 @@ class ActionModule(ActionBase):
         """What the KV path probe has to do; what a host's engine is installed from is part of a path."""
         name, locks = f"{made['engine']}-{made['engine_version']}", {}
         for host, entry in made["hosts"].items():
-            steps = [step for row in entry["installs"] if row["name"] == name for step in row["requirements"]]
+            rows = [row for row in entry["installs"] if row["name"] == name]
+            steps = [step for row in rows for step in row["requirements"]]
             files = [ROOT / step.removeprefix("no-deps:") for step in steps]
             # One that is not there is told of where it is installed.
             texts = [file.read_bytes() for file in files if file.is_file()]
+            texts += [json.dumps(row["source"], sort_keys=True).encode() for row in rows if "source" in row]
             locks[host] = hashlib.sha256(b"\0".join(texts)).hexdigest()
         reads = engines.engine(made["engine"]).kv_reads
         return probe.work(made, (current or {}).get("kv_probe"), mode, limit, locks, reads)
@@ -166,8 +168,12 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _check_files(made: dict[str, Any]) -> None:
-        """Refuse engine files that cannot be shipped: modules take them as text."""
+        """Refuse engine files that cannot be shipped (modules take them as text), and two builds of one transfer engine."""
         for host, entry in made["hosts"].items():
+            for row in entry["installs"]:
+                steps = {step: ROOT / step.removeprefix("no-deps:") for step in row["requirements"]}
+                # One that is not there is told of where it is installed.
+                transfer.check_files(host, {step: file.read_text() for step, file in steps.items() if file.is_file()})
             names = [Path(file).name for file in entry["files"]]
             for file in entry["files"]:
                 if names.count(Path(file).name) > 1:

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from aiohttp import web
-from emulated_workers import Service, call, events, free_port, pair, pd_body, profile_file, wait_for, worker
+from emulated_workers import Service, call, events, free_port, pair, pd_body, profile_file, service, wait_for, worker
 
 from pdbench.emulate.text import encode, prompt_of
 from pdbench.model import profile
@@ -167,8 +168,12 @@ def test_a_dead_prefill_is_a_500_after_the_retries(tmp_path: Path) -> None:
             begun = time.monotonic()
             status, data = decode.post(path, {**body, **nobody})
             assert status == 500
-            assert b"after 5 attempts" in data
+            assert b"Decode handshake failed for request" in data
+            assert b"KVTransferError(bootstrap_room=1): Aborted by AbortReq." in data
             assert time.monotonic() - begun > 0.75  # four pauses
+        assert (
+            f"Could not fetch prefill parallel info from 127.0.0.1:{nobody['bootstrap_port']} after 5" in decode.log.read_text()
+        )
         chunk = events(decode.post("/v1/completions", {**BODIES["/v1/completions"], **nobody, "stream": True})[1])[-1]
         assert chunk["error"]["code"] == 500
         chunk = events(decode.post("/generate", {**BODIES["/generate"], **nobody, "stream": True})[1])[-1]
@@ -194,8 +199,77 @@ def test_a_prefill_that_dies_in_the_transfer_is_a_500_after_the_heartbeats(tmp_p
         lost.join()
         status, data = got[0]
         assert status == 500
-        assert b"Losing connection with prefill instance" in data
+        assert b"Decode transfer failed for request" in data
+        assert b"Lost connection with prefill instance" in data
+        assert "Lost connection with prefill instance" in decode.log.read_text()
         assert decode.metrics()["num_transfer_failed_reqs_total"] == 1
+
+
+def test_a_prefill_that_is_back_before_it_is_missed_leaves_its_requests_to_their_limit(tmp_path: Path) -> None:
+    """As in SGLang, whose heartbeat asks the address and not the process."""
+    env = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "6"}
+    slow = profile_file(tmp_path, prefill_overhead_ms=30_000)
+    with worker("decode", slow, env=env) as decode, contextlib.ExitStack() as stack:
+        prefill = stack.enter_context(worker("prefill", slow))
+        body, got = pd_body(prefill, next(ROOMS), BODIES["/generate"]), []
+        both = threading.Thread(target=lambda: got.append(decode.post("/generate", body)))
+        both.start()
+        lost = threading.Thread(target=post_to_the_dying, args=(prefill, body))
+        lost.start()
+        wait_for(lambda: decode.metrics()["num_decode_transfer_queue_reqs"] == 1, "in transfer")
+        prefill.process.kill()
+        prefill.process.wait()
+        again = [sys.executable, "-m", "pdbench", "emulate", "--role", "prefill", "--profile", str(slow)]
+        again += ["--port", prefill.url.rpartition(":")[2], "--bootstrap-port", str(prefill.bootstrap_port)]
+        stack.enter_context(service(again, prefill.url, "/ready"))
+        both.join()
+        lost.join()
+        status, data = got[0]
+        assert status == 500
+        assert b"timed out after 6.0s in KVPoll.WaitingForInput" in data
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_request_that_its_client_gives_up_is_a_failure_in_the_books(tmp_path: Path, role: str) -> None:
+    """As in SGLang: what waited for the other side when its client left is counted, and stands in the log."""
+    quick = profile_file(tmp_path)
+    with worker(role, quick) as alone:
+        body = {**pd_body(alone, 7, BODIES["/generate"]), "bootstrap_port": free_port()}
+        connection = http.client.HTTPConnection(alone.url.removeprefix("http://"))
+        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+        wait_for(lambda: alone.json("/get_load")[0]["num_reqs"] == 1, "waiting")
+        connection.close()
+        wait_for(lambda: alone.metrics().get("num_bootstrap_failed_reqs_total") == 1, "counted")
+        assert "with exception KVTransferError(bootstrap_room=7): Aborted by AbortReq." in alone.log.read_text()
+
+
+def test_a_decode_worker_that_dies_is_missed_by_transfers_alone(tmp_path: Path) -> None:
+    """As in SGLang: prefill learns of it when it sends; a request that decode had no memory for yet waits on."""
+    figures = profile_file(tmp_path, prefill_overhead_ms=3_000)
+    with worker("prefill", figures) as prefill, worker("decode", figures, "--max-total-tokens", "600") as decode:
+        got: list[tuple[int, bytes]] = []
+
+        def to_prefill(body: dict[str, Any]) -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # one still waits at the end
+                got.append(prefill.post("/generate", body))
+
+        threads = []
+        for _ in range(2):  # decode has room for one of them, with its reserve
+            body = pd_body(prefill, next(ROOMS), {**BODIES["/generate"], "text": "word " * 60})
+            threads.append(threading.Thread(target=to_prefill, args=(body,), daemon=True))
+            threads.append(threading.Thread(target=post_to_the_dying, args=(decode, body), daemon=True))
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: prefill.metrics()["num_prefill_bootstrap_queue_reqs"] == 1, "one in prefill, one waiting")
+        wait_for(lambda: prefill.metrics()["num_running_reqs"] == 1, "in prefill")
+        decode.process.kill()
+        wait_for(lambda: got, "failed")
+        assert got[0][0] == 500
+        assert b"Prefill transfer failed for request" in got[0][1]
+        assert b"Decode instance could be dead" in got[0][1]
+        time.sleep(0.5)
+        assert len(got) == 1
+        assert prefill.metrics()["num_prefill_bootstrap_queue_reqs"] == 1
 
 
 def post_to_the_dying(made: Service, body: object) -> None:
@@ -208,13 +282,14 @@ def test_a_prefill_whose_decode_never_comes_times_out(tmp_path: Path) -> None:
     with worker("prefill", profile_file(tmp_path), env=env) as prefill:
         status, data = prefill.post("/generate", pd_body(prefill, 5, BODIES["/generate"]))
         assert status == 500
-        assert b"no decode worker came to room 5 in 0.5 s" in data
+        assert b"Prefill bootstrap failed for request" in data
+        assert b"timed out after 0.5s in KVPoll.Bootstrapping" in data
         metrics = prefill.metrics()
         assert metrics["num_bootstrap_failed_reqs_total"] == 1
         assert metrics["num_prefill_bootstrap_queue_reqs"] == 0
         assert "kv_transfer_total_mb_count" not in metrics
         # the room is free again
-        assert b"no decode worker came" in prefill.post("/generate", pd_body(prefill, 5, BODIES["/generate"]))[1]
+        assert b"KVPoll.Bootstrapping" in prefill.post("/generate", pd_body(prefill, 5, BODIES["/generate"]))[1]
 
 
 def test_a_decode_whose_kv_never_comes_times_out(tmp_path: Path) -> None:
@@ -223,7 +298,7 @@ def test_a_decode_whose_kv_never_comes_times_out(tmp_path: Path) -> None:
     with worker("prefill", quick) as prefill, worker("decode", quick, env=env) as decode:
         status, data = decode.post("/generate", pd_body(prefill, 5, BODIES["/generate"]))
         assert status == 500
-        assert b"KV of room 5 did not come" in data
+        assert b"KVTransferError(bootstrap_room=5): Request 5 timed out after 0.5s in KVPoll.WaitingForInput" in data
         assert decode.metrics()["num_transfer_failed_reqs_total"] == 1
         # the prefill forgot that visit: the same room works when both come
         body = pd_body(prefill, 5, BODIES["/generate"])
@@ -233,7 +308,7 @@ def test_a_decode_whose_kv_never_comes_times_out(tmp_path: Path) -> None:
 def test_when_one_side_leaves_the_other_fails(tmp_path: Path) -> None:
     slow = profile_file(tmp_path, prefill_overhead_ms=30_000)
     with worker("prefill", slow) as prefill, worker("decode", slow) as decode:
-        for leaver, stayer in ((prefill, decode), (decode, prefill)):
+        for failures, (leaver, stayer) in enumerate(((prefill, decode), (decode, prefill)), 1):
             body, got = pd_body(prefill, next(ROOMS), BODIES["/generate"]), []
             stays = threading.Thread(target=lambda: got.append(stayer.post("/generate", body)))  # noqa: B023
             stays.start()
@@ -245,7 +320,8 @@ def test_when_one_side_leaves_the_other_fails(tmp_path: Path) -> None:
             assert got
             assert got[0][0] == 500
             wait_for(lambda: leaver.metrics().get("num_aborted_requests_total") == 1, "counted")  # noqa: B023
-            assert stayer.metrics()["num_transfer_failed_reqs_total"] == 1
+            assert stayer.metrics()["num_transfer_failed_reqs_total"] == failures
+            assert leaver.metrics()["num_transfer_failed_reqs_total"] == failures
             assert prefill.metrics()["num_running_reqs"] == 0
 
 
@@ -350,4 +426,4 @@ def test_a_room_is_for_one_request(tmp_path: Path) -> None:
         assert status == 500
         assert b"already in use" in data
         first.join()
-        assert b"no decode worker came" in got[0][1]
+        assert b"KVPoll.Bootstrapping" in got[0][1]

@@ -180,6 +180,37 @@ def test_an_open_loop_sends_on_time_while_nothing_is_answered(server: Service, t
     assert (s["request_rate"], s["concurrency"], s["arrival"]) == (50, None, "constant")
 
 
+def test_a_point_ends_in_time(server: Service, tmp_path: Path) -> None:
+    code, text = run(server.url, tmp_path / "o", "--concurrency", "2,4", "--num-requests", "5000", "--max-time", "1.5")
+    assert code == 0, text
+    s = summary(tmp_path / "o")
+    for point in s["points"]:
+        assert 2 <= point["num_requests"] == point["completed"] < 5000
+        assert point["ended_early"] == "after 1.5 s"
+    sent = [r.sent_s for r in measured(tmp_path / "o") if r.point == 0]
+    assert max(sent) - min(sent) < 1.6
+
+
+def test_a_point_ends_when_enough_is_known(server: Service, tmp_path: Path) -> None:
+    options = ("--concurrency", "8", "--num-requests", "20000", "--until", "tpot_mean:50%", "--max-time", "40")
+    code, text = run(server.url, tmp_path / "o", *options)
+    assert code == 0, text
+    s = summary(tmp_path / "o")
+    assert 100 <= s["num_requests"] == s["completed"] < 20000
+    assert s["ended_early"].startswith("known well enough: tpot_mean ± ")
+
+
+def test_processes_share_one_load(tmp_path: Path) -> None:
+    with truth() as server:
+        code, text = run(server.url, tmp_path / "o", "--concurrency", "5", "--num-requests", "40", "--processes", "3")
+        assert code == 0, text
+        assert server.json("/seen")["most"] == 5
+    s = summary(tmp_path / "o")
+    assert (s["completed"], s["client"]["processes"]) == (40, 3)
+    assert sorted(r.index for r in measured(tmp_path / "o")) == list(range(40))
+    assert not list((tmp_path / "o").glob(".*"))
+
+
 def test_a_trace_gives_lengths_and_times(server: Service, tmp_path: Path) -> None:
     trace = ("--trace", str(TESTS / "data" / "mooncake_excerpt.jsonl"), "--length-scale", "0.01", "--max-osl", "5")
     code, text = run(server.url, tmp_path / "o", *trace, "--concurrency", "4", "--num-requests", "10")
@@ -223,7 +254,10 @@ def test_evidence_and_server_metrics(server: Service, tmp_path: Path) -> None:
     assert s["points"][0]["output_throughput_per_gpu"] == pytest.approx(s["points"][0]["output_throughput"] / 3)
     evidence = json.loads((tmp_path / "o" / "evidence.json").read_text())
     assert [p["point"] for p in evidence["points"]] == [0, 1]
-    before, after = evidence["points"][0]["before"], evidence["points"][0]["after"]
+    before, begin, after = (evidence["points"][0][side] for side in ("before", "begin", "after"))
+    assert begin["workers"]["prefill-0"]["metrics"]["sglang:num_requests_total"] == (
+        before["workers"]["prefill-0"]["metrics"]["sglang:num_requests_total"] + 1
+    )
     counter = "sglang:num_requests_total"
     served = after["workers"]["prefill-0"]["metrics"][counter] - before["workers"]["prefill-0"]["metrics"][counter]
     assert served == 5  # one warm-up, four measured
@@ -234,8 +268,9 @@ def test_evidence_and_server_metrics(server: Service, tmp_path: Path) -> None:
     assert after["workers"]["decode-1"]["error"]
     assert after["router"]["error"].count("HTTP 404") == 2  # this server is no router
     rows = pq.read_table(tmp_path / "o" / "server_metrics.parquet").to_pylist()
-    assert {row["source"] for row in rows} == {"prefill-0", "decode-0"}
-    assert {row["name"] for row in rows} == {counter}
+    servers = [row for row in rows if not row["source"].startswith("host:")]
+    assert {row["source"] for row in servers} == {"prefill-0", "decode-0"}
+    assert {row["name"] for row in servers} == {counter}
     assert {row["point"] for row in rows} == {0, 1}
 
 

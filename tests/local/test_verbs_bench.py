@@ -21,7 +21,7 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     files = clean.files()
     clean.play("deploy_pd.yml", "-l", "gh200,a100").good()
     assert sorted(clean.pids()) == ["pd-decode-0", "pd-prefill-0", "pd-prefill-1", "pd-prefill-2", "pd-router"]
-    done = clean.play("bench.yml", "-e", "ratio=3p1d", *LOAD).good()
+    done = clean.play("bench.yml", "-e", "ratio=3p1d", "-e", "bench_selfcheck=true", *LOAD).good()
     run = clean.folder / "results" / "latest"
     for name in ("manifest.json", "plan.json", "requests.parquet", "summary.json", "validity.json", "report.html", "logs"):
         assert (run / name).exists(), name
@@ -33,6 +33,11 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     assert all(point["completed"] == 24 and point["failed"] == 0 for point in summary["points"])
     assert json.loads((run / "validity.json").read_text())["valid"] is True
     assert "report:" in done.text
+    # the client was calibrated on its own host, under the heavier of both loads, before the first of them
+    checked = json.loads((run / "selfcheck.json").read_text())
+    assert [point["concurrency"] for point in checked["points"]] == [8]
+    assert "client-calibrated" in (run / "report.html").read_text()
+    assert "in flight" in (run / "run.log").read_text()
     # the same run again from its own manifest
     clean.play("bench.yml", "-e", f"@{run.resolve()}/manifest.json").good()
     again = json.loads((clean.folder / "results" / "latest" / "summary.json").read_text())
@@ -44,8 +49,11 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     assert clean.play("teardown.yml").good().changed == {"gh200": 0, "a100": 0}
 
 
-def test_aggregated_workers(clean: Checkout) -> None:
-    clean.play("bench.yml", "-e", "ratio=2agg", *LOAD).good()
+def test_aggregated_workers_under_a_load_in_stages(clean: Checkout) -> None:
+    load = {"prefix_len": 16, "stages": [{"concurrency": 4}, {"batch": 6}]}
+    clean.play("bench.yml", "-e", "ratio=2agg", "-e", json.dumps({"bench_load": load}), *LOAD[2:]).good()
+    points = json.loads((clean.folder / "results" / "latest" / "summary.json").read_text())["points"]
+    assert [(p["concurrency"], p["num_requests"], p["shared_prefix"]) for p in points] == [(4, 24, True), (6, 6, True)]
     assert sorted(clean.pids()) == ["pd-aggregated-0", "pd-aggregated-1", "pd-router"]
 
 

@@ -2,81 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import json
-import platform
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-from local.conftest import REPO, Checkout, Play
+from local.conftest import REPO
 from real import helpers
-
-from pdlib import processes
+from real.deployment import KEY, Real, deployed
 
 OUTPUT_TOKENS = 16
 LENGTHS = (5, 17, 64, 128, 200, 333, 500, 700, 1000, 1500)
-KEY = "real-3ngine-key"
-
-
-class Real:
-    """A checkout in which inventory/local-sglang is deployed; installs and model are those of the repository."""
-
-    def __init__(self, checkout: Checkout):
-        self.checkout = checkout
-        base = checkout.router_port
-        extra = {
-            "router_port": base,
-            "router_prometheus_port": base + 1,
-            "worker_port_base": base + 2,
-            "bootstrap_port_base": base + 20,
-            "install_dir": REPO / ".pd" / "install-cpu",
-            "model": REPO / ".pd" / "tiny-model",
-            "api_key": KEY,
-        }
-        self.options = [item for name, value in extra.items() for item in ("-e", f"{name}={value}")]
-
-    def play(self, verb: str, *arguments: str) -> Play:
-        return self.checkout.play(verb, "-i", "inventory/local-sglang", *self.options, *arguments, timeout=800)
-
-    def plan(self) -> dict[str, Any]:
-        """The deployed plan."""
-        content: dict[str, Any] = json.loads((self.checkout.state("cpu") / "plan.json").read_text())
-        return content
-
-    def greedy(self, prompts: list[list[int]]) -> list[list[int]]:
-        return helpers.greedy(self.checkout.url, prompts, OUTPUT_TOKENS, api_key=KEY)
 
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Real]:
     """1p1d, deployed."""
-    if sys.version_info[:2] != (3, 11) or platform.machine() != "x86_64":
-        pytest.skip("the engine's CPU requirements are for Python 3.11 on x86_64")
-    if not ctypes.util.find_library("ibverbs"):
-        pytest.skip("libibverbs is not installed (tools/real_packages.sh)")
-    if not (REPO / ".pd" / "tiny-model" / "config.json").exists():
-        pytest.skip("no model: make tiny-model")
-    folder = Path(tempfile.mkdtemp(prefix="pd-real-"))
-    made = Real(Checkout(folder))
-    try:
-        made.play("deploy_pd.yml").good()
+    with deployed() as made:
         yield made
-    finally:
-        made.play("teardown.yml")
-        processes.kill([int(line.split()[0]) for line in made.checkout.processes()], 5)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def answers(real: Real) -> list[list[int]]:
     """What prefill and decode say together to the prompts of `prompts`."""
-    return real.greedy(helpers.prompts(LENGTHS, seed=1))
+    return real.greedy(helpers.prompts(LENGTHS, seed=1), OUTPUT_TOKENS)
 
 
 def test_it_is_the_real_engine_over_mooncake(real: Real) -> None:
@@ -92,7 +42,7 @@ def test_it_is_the_real_engine_over_mooncake(real: Real) -> None:
 def test_every_prompt_s_kv_cache_is_moved_once(real: Real) -> None:
     urls = {worker["role"]: worker["url"] for worker in real.plan()["workers"]}
     before = {role: helpers.counters(url) for role, url in urls.items()}
-    real.greedy(helpers.prompts(LENGTHS, seed=2))
+    real.greedy(helpers.prompts(LENGTHS, seed=2), OUTPUT_TOKENS)
     after = {role: helpers.counters(url) for role, url in urls.items()}
 
     def moved(role: str, name: str) -> float:
@@ -114,7 +64,7 @@ def test_an_answer_depends_on_the_start_of_its_prompt(real: Real, answers: list[
         [*other[: max(1, len(prompt) // 10)], *prompt[max(1, len(prompt) // 10) :]]
         for prompt, other in zip(helpers.prompts(LENGTHS, seed=1), helpers.prompts(LENGTHS, seed=3), strict=True)
     ]
-    assert len(helpers.differences(answers, real.greedy(changed))) >= len(LENGTHS) - 1
+    assert len(helpers.differences(answers, real.greedy(changed, OUTPUT_TOKENS))) >= len(LENGTHS) - 1
 
 
 def bench(real: Real, load: dict[str, object]) -> Path:
@@ -202,7 +152,7 @@ def test_a_wrong_kv_cache_makes_a_run_invalid(real: Real) -> None:
 def test_an_aggregated_server_gives_the_same_answers(real: Real, answers: list[list[int]]) -> None:
     real.play("deploy_pd.yml", "-e", "ratio=agg").good()
     assert [worker["role"] for worker in real.plan()["workers"]] == ["aggregated"]
-    assert helpers.differences(answers, real.greedy(helpers.prompts(LENGTHS, seed=1))) == []
+    assert helpers.differences(answers, real.greedy(helpers.prompts(LENGTHS, seed=1), OUTPUT_TOKENS)) == []
 
 
 def test_teardown_leaves_nothing(real: Real) -> None:

@@ -211,6 +211,44 @@ def load_unknown(run: Run) -> None:
     run.clients[0]["delivered_load"] = None
 
 
+def calibrate(run: Run, **spoilt: object) -> None:
+    """Say what `pdbench selfcheck` found before the load, spoilt as told."""
+    entry: dict[str, object] = {
+        "concurrency": 8,
+        "ttft_wrong_by": {"mean": 0.8, "p99": 6.0},
+        "itl_wrong_by": {"mean": 0.01, "p99": 0.1},
+        "most_tokens_per_s": 40000.0,
+        "grade": "A",
+        "reasons": [],
+    }
+    run.selfcheck = {"schema": 1, "grade": "A", "keeps_up": True, "points": [{**entry, **spoilt}]}
+
+
+def client_too_slow(run: Run) -> None:
+    """Beside a server of known timing the client did not keep up."""
+    calibrate(run, grade="F", reasons=["the client did not keep up: it delivered 70% of the load (least: 90%)"])
+
+
+def client_wrong(run: Run) -> None:
+    """Beside a server of known timing the client's TTFT was wrong by a good part of what is measured."""
+    calibrate(run, grade="C", ttft_wrong_by={"mean": 31.0, "p99": 60.0})
+
+
+def client_wrong_about_gaps(run: Run) -> None:
+    """Beside a server of known timing the client's ITL was wrong."""
+    calibrate(run, grade="C", itl_wrong_by={"mean": 1.9, "p99": 3.0})
+
+
+def never_calibrated(run: Run) -> None:
+    """The client was to be calibrated, and was not."""
+    run.manifest["bench_selfcheck"] = True
+
+
+def calibration_failed(run: Run) -> None:
+    """The client could not be calibrated."""
+    run.selfcheck = {"schema": 1, "error": "the truth server does not start", "keeps_up": False, "points": []}
+
+
 def fewer_bytes(run: Run) -> None:
     """Less KV cache moves than the prompts imply (known KV bytes per token)."""
     tell_kv_bytes(run)
@@ -408,11 +446,16 @@ SPOILT: list[tuple[tuple[str, ...], str, Callable[[Run], None]]] = [
     ),
     (("complete",), "incomplete: stopped at point 1 of 1, request 12 of 24: SIGTERM", interrupted),
     (("complete",), "incomplete: 1 of 2 load points have records", point_missing),
-    (("client-loop",), "event-loop lag of the client: p99 150.0 ms (bound 100 ms): the client did not keep up", lagging_loop),
-    (("client-loop",), "recorded nothing of it: event-loop lag", unknown_loop),
+    (("client-loop",), "read delay of the client: p99 150.0 ms (bound 100 ms): the client did not keep up", lagging_loop),
+    (("client-loop",), "recorded nothing of it: read delay", unknown_loop),
     (("client-on-time",), "sending after a request was due: p99 150.3 ms (bound 100 ms)", sent_late),
     (("client-load",), "delivered 80.0% of the configured load (concurrency 4;", load_not_made),
     (("client-load",), "did not record which load it delivered", load_unknown),
+    (("client-calibrated",), "with 8 requests in flight the client did not keep up: it delivered 70%", client_too_slow),
+    (("client-calibrated",), "its mean TTFT is wrong by 31.0 ms (bound 10.0; ", client_wrong),
+    (("client-calibrated",), "its ITL is wrong by 1.9 ms (bound 0.8; ", client_wrong_about_gaps),
+    (("client-calibrated",), "selfcheck.json is missing", never_calibrated),
+    (("client-calibrated",), "could not be calibrated: the truth server does not start", calibration_failed),
 ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Run:
     slo: Slo = field(default_factory=Slo)
     bounds: Bounds = field(default_factory=Bounds)
     verify_outputs: int = 0
+    selfcheck: Json = field(default_factory=dict)
 
     def measured(self, point: int = 0) -> list[Record]:
         return [r for r in self.records if r.point == point and r.phase == MEASURE]
@@ -78,6 +79,8 @@ class Run:
             "evidence.json": self.evidence,
             "manifest.json": self.manifest,
         }
+        if self.selfcheck:
+            files["selfcheck.json"] = self.selfcheck
         for name, content in files.items():
             if name not in leave_out and name != self.lost:
                 (folder / name).write_text(json.dumps(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import tarfile
@@ -44,11 +45,33 @@ def finish(job: Job) -> None:
 def test_a_run_of_our_own_lives_in_a_session_of_its_own(state: Path) -> None:
     job = Job(str(state), RUN)
     script = "echo said; ps -o sid= -p $$ > {dir}/sid; echo '{}' > {dir}/summary.json"
-    job.start(["/bin/sh", "-c", script], {"ratio": "1p1d"}, "", None, 1)
+    job.start(["/bin/sh", "-c", script], {"ratio": "1p1d"}, {}, None, 1)
     finish(job)
     assert int((job.folder / "sid").read_text()) != os.getsid(0)
     assert (job.folder / "run.log").read_text() == "said\n"
     assert json.loads((job.folder / "plan.json").read_text()) == {"ratio": "1p1d"}
+
+
+def test_files_of_the_load_lie_in_the_run_and_those_of_the_controller_stay_behind(state: Path, tmp_path: Path) -> None:
+    job = Job(str(state), RUN)
+    files = {name: base64.b64encode(name.encode()).decode() for name in ("load.yml", "dataset.jsonl", "tokenizer.json")}
+    job.start(["/bin/sh", "-c", "cat {dir}/load.yml {dir}/dataset.jsonl"], {}, files, None, 1)
+    finish(job)
+    assert (job.folder / "run.log").read_text() == "load.ymldataset.jsonl"
+    job.pack(str(tmp_path / "run.tar.gz"))
+    with tarfile.open(tmp_path / "run.tar.gz") as tar:
+        packed = {Path(name).name for name in tar.getnames()}
+    assert "load.yml" in packed
+    assert not {"dataset.jsonl", "tokenizer.json"} & packed
+
+
+def test_what_calibrates_the_client_goes_first_and_ends_nothing(state: Path) -> None:
+    job = Job(str(state), RUN)
+    check = ["/bin/sh", "-c", 'echo "it\'s slow" > {dir}/selfcheck.json; echo checked; exit 3']
+    job.start(["/bin/sh", "-c", "cat {dir}/selfcheck.json"], {}, {}, None, 1, check)
+    finish(job)
+    assert job.exit_code() == 0
+    assert (job.folder / "run.log").read_text() == "checked\nit's slow\n"
 
 
 def test_a_run_of_another_user_is_a_service_of_systemds(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +84,7 @@ def test_a_run_of_another_user_is_a_service_of_systemds(state: Path, tmp_path: P
     owned: dict[str, str] = {}
     monkeypatch.setattr(accounts, "own", lambda path, name: owned.update({path.name: name}))
     job = Job(str(state), RUN, "pd")
-    job.start(["/bin/sh", "-c", "sleep 0.3"], {}, "", "s3same", 1)
+    job.start(["/bin/sh", "-c", "sleep 0.3"], {}, {}, "s3same", 1)
     assert job.running() or job.exit_code() is not None, "it is there when start returns, or watch would call it killed"
     finish(job)
     asked = (tmp_path / "asked").read_text()
@@ -81,12 +104,12 @@ def test_a_service_that_does_not_start_says_why(state: Path, tmp_path: Path, mon
     monkeypatch.setattr(accounts, "ensure", lambda name: False)
     monkeypatch.setattr(accounts, "own", lambda path, name: None)
     with pytest.raises(UserError, match="the load generator does not start: Failed to start transient service unit"):
-        Job(str(state), RUN, "pd").start(["/bin/true"], {}, "", None, 1)
+        Job(str(state), RUN, "pd").start(["/bin/true"], {}, {}, None, 1)
 
 
 def test_the_archive_names_no_owner_and_nothing_stays_when_the_run_is_dropped(state: Path, tmp_path: Path) -> None:
     job = Job(str(state), RUN)
-    job.start(["/bin/true"], {}, "", None, 1)
+    job.start(["/bin/true"], {}, {}, None, 1)
     finish(job)
     archive = tmp_path / "run.tar.gz"
     job.pack(str(archive))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from unit.plans import Json, host, inputs
 
-from pdlib import bench_spec
+from pdbench.load.errors import LoadError
+from pdbench.load.lengths import Lengths
+from pdbench.run.load_options import Parser, add_arguments
+from pdlib import bench_load, bench_spec
 from pdlib.errors import UserError
 from pdlib.plan import make_plan
 
+BAD = ("0", "5-4", "normal:512", "lognormal:512:9", "512,4096", "512@0", "@1", "x")
 NOW = 1_700_000_000.0
 
 
@@ -78,15 +83,26 @@ def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
     assert "--concurrency" not in made["argv"]
 
 
+def test_what_calibrates_the_client_is_as_heavy_as_the_load(tmp_path: Path) -> None:
+    made = spec(tmp_path, bench_concurrency="8,64,16", bench_output_len="64-256")["selfcheck"]
+    assert made[:4] == ["/i/pdbench/bin/python", "-m", "pdbench", "selfcheck"]
+    assert (value(made, "--concurrency"), value(made, "--osl")) == ("64", "256")
+    assert value(made, "--json") == "{dir}/selfcheck.json"
+    # 10 a second, each 0.05 s and 100 times 0.02 s long, are 20.5 in flight
+    made = spec(tmp_path, bench_request_rate="2,10", bench_output_len=100)["selfcheck"]
+    assert value(made, "--concurrency") == "21"
+    assert spec(tmp_path, bench_selfcheck=False)["selfcheck"] == []
+
+
 def test_the_command_of_a_trace(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("{}\n")
     made = spec(tmp_path, bench_trace="t.jsonl", bench_length_scale=0.1, bench_max_input_len=400)
-    assert made["trace"] == str(tmp_path / "t.jsonl")
+    assert made["files"] == {"trace.jsonl": str(tmp_path / "t.jsonl")}
     wanted = {"--trace": "{dir}/trace.jsonl", "--length-scale": "0.1", "--max-isl": "400"}
     assert {flag: value(made["argv"], flag) for flag in wanted} == wanted
     assert not {"--isl", "--osl", "--max-osl"} & set(made["argv"])
     absolute = spec(tmp_path, bench_trace=str(tmp_path / "t.jsonl"))
-    assert absolute["trace"] == made["trace"]
+    assert absolute["files"] == made["files"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +110,21 @@ def test_the_command_of_a_trace(tmp_path: Path) -> None:
     [
         ({"clients": ()}, "bench_clients is empty"),
         ({"bench_trace": "absent.jsonl"}, "bench_trace=absent.jsonl: there is no such file on the controller"),
+        ({"bench_dataset": "absent.jsonl"}, "bench_dataset=absent.jsonl: there is no such file"),
+        ({"bench_tokenizer": "absent"}, "bench_tokenizer=absent: there is no such file"),
+        ({"bench_input_len": "file:absent.txt"}, "bench_input_len=absent.txt: there is no such file"),
+        ({"bench_arrival": "gauss", "bench_request_rate": 4}, "bench_arrival=gauss: expected poisson, constant, or gamma:B"),
+        ({"bench_time_scale": 0.5}, "bench_time_scale goes with bench_trace"),
+        ({"bench_share_prefixes": True}, "bench_share_prefixes goes with bench_trace"),
+        ({"bench_duration": 5}, "a closed loop ends by bench_num_requests"),
+        ({"bench_batch": 5, "bench_request_rate": 4}, "bench_request_rate and bench_batch are ways to say how much load"),
+        ({"bench_load": {"stages": 5}}, "stages must be a list"),
+        ({"bench_load": {"stages": [{"rate": 5}]}}, "say concurrency, request_rate or batch"),
+        ({"bench_load": {"stages": [{"concurrency": "x"}]}}, "expected numbers"),
+        ({"bench_load": {"osl": "0"}}, "bench_load: osl: '0' is no length"),
+        ({"bench_load": {"conversations": {"turns": 3}}}, "did you mean conversation?"),
+        ({"bench_load": {"trace": "t.jsonl"}}, "files have variables: bench_trace"),
+        ({"bench_load": {"stages": [{"batch": 4}], "concurrency": 4}}, "bench_load: concurrency and bench_load: stages are ways"),
         ({"bench_request_rate": "4,fast"}, "bench_request_rate='fast': expected numbers above 0"),
         ({"bench_request_rate": [0]}, "bench_request_rate=0: expected numbers above 0"),
         ({"bench_request_rate": "-1"}, "above 0"),
@@ -106,6 +137,77 @@ def test_bad_loads_are_refused(tmp_path: Path, options: dict[str, Any], part: st
     with pytest.raises(UserError) as refused:
         spec(tmp_path, **options)
     assert part in str(refused.value)
+
+
+def test_the_command_of_other_loads(tmp_path: Path) -> None:
+    batch = spec(tmp_path, bench_batch="8,64")["argv"]
+    assert value(batch, "--batch") == "8,64"
+    assert not {"--num-requests", "--concurrency", "--load"} & set(batch)
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    replay = spec(tmp_path, bench_trace="t.jsonl", bench_time_scale=0.5, bench_share_prefixes=True, bench_duration=60)["argv"]
+    wanted = {"--time-scale": "0.5", "--duration": "60.0", "--trace": "{dir}/trace.jsonl"}
+    assert {flag: value(replay, flag) for flag in wanted} == wanted
+    assert "--share-prefixes" in replay
+    assert not {"--num-requests", "--concurrency", "--request-rate"} & set(replay)
+    shared = spec(tmp_path, bench_prefix_len=100, bench_arrival="gamma:0.5", bench_request_rate=3, bench_max_input_len=900)[
+        "argv"
+    ]
+    wanted = {"--prefix-len": "100", "--arrival": "gamma:0.5", "--max-isl": "900"}
+    assert {flag: value(shared, flag) for flag in wanted} == wanted
+
+
+def test_what_the_load_says_itself_comes_first(tmp_path: Path) -> None:
+    load = {
+        "stages": [{"concurrency": 4}, {"request_rate": 2, "to": 40, "duration": 10}],
+        "isl": "32",
+        "conversation": {"turns": 3},
+    }
+    made = spec(tmp_path, bench_load=load, bench_num_requests=50)
+    assert made["load"] == load
+    wanted = {"--load": "{dir}/load.yml", "--num-requests": "50", "--osl": "128"}
+    assert {flag: value(made["argv"], flag) for flag in wanted} == wanted
+    assert not {"--concurrency", "--request-rate", "--isl"} & set(made["argv"])
+    # 40 requests a second, each 50 ms and 128 tokens of 20 ms long
+    assert value(made["selfcheck"], "--concurrency") == "105"
+    ended = spec(tmp_path, bench_load={"request_rate": 2, "duration": 10})["argv"]
+    assert not {"--num-requests", "--duration", "--request-rate"} & set(ended)
+
+
+def test_files_of_the_load_go_into_the_run(tmp_path: Path) -> None:
+    for name in ("d.jsonl", "l.txt", "m.txt", "tokenizer.json"):
+        (tmp_path / name).write_text("5\n")
+    made = spec(tmp_path, bench_dataset="d.jsonl", bench_tokenizer=".")
+    assert made["files"] == {"dataset.jsonl": str(tmp_path / "d.jsonl"), "tokenizer.json": str(tmp_path / "tokenizer.json")}
+    assert not {"--isl", "--osl"} & set(made["argv"])
+    assert made["install"][0]["requirements"][1:] == ["no-deps:requirements/tokenizer.txt", "pdbench"]
+    made = spec(tmp_path, bench_input_len="file:l.txt@0.5,64@0.25,file:m.txt@0.25", bench_output_len="file:l.txt")
+    assert value(made["argv"], "--isl") == "file:{dir}/bench_input_len-0.txt@0.5,64@0.25,file:{dir}/bench_input_len-1.txt@0.25"
+    assert value(made["argv"], "--osl") == "file:{dir}/bench_output_len-0.txt"
+    assert [Path(path).name for path in made["files"].values()] == ["l.txt", "m.txt", "l.txt"]
+    (tmp_path / "d.jsonl").write_bytes(b" " * 64_000_001)
+    with pytest.raises(UserError, match="more than 64 MB"):
+        spec(tmp_path, bench_dataset="d.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["512", "256-512", "normal:512:64", "lognormal:512:0.4", "512@0.7,4096@0.3", "normal:512:64@2,16-32@1", *BAD]
+)
+def test_lengths_are_spelled_as_the_load_generator_spells_them(text: str) -> None:
+    try:
+        lengths = Lengths.parse(text)
+    except LoadError:
+        with pytest.raises(ValueError):  # noqa: PT011
+            bench_load.longest(text)
+    else:
+        drawn = sorted(lengths.draw(random.Random(seed)) for seed in range(400))
+        assert 0.5 * drawn[-1] <= bench_load.longest(text) <= 1.3 * drawn[-1]
+
+
+def test_the_keys_of_a_load_are_those_of_the_load_generator() -> None:
+    parser = Parser(add_help=False)
+    add_arguments(parser)
+    names = {action.dest for action in parser._actions} - {"load", "trace", "dataset", "tokenizer"}
+    assert set(bench_load.LOAD_KEYS) == {*names, "stages", "conversation", "prefix_groups"}
 
 
 def test_the_room_that_is_needed_grows_with_what_is_recorded(tmp_path: Path) -> None:

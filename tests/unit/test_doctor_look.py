@@ -178,6 +178,14 @@ def test_telling_lines_of_a_log_are_kept() -> None:
     assert doctor_look.log_marks("all is well\n") == {}
 
 
+def test_a_request_that_was_given_up_does_not_hide_why() -> None:
+    why = "Could not fetch prefill parallel info from 10.0.0.1:8998 after 15 attempts"
+    given_up = "Decode handshake failed for request with exception KVTransferError(bootstrap_room=7): Aborted by AbortReq."
+    assert doctor_look.log_marks(f"{why}\n{given_up}\n{given_up}\n")["kv"] == why
+    assert doctor_look.log_marks(f"{given_up}\n{why}\n")["kv"] == why
+    assert doctor_look.log_marks(f"{given_up}\n")["kv"] == given_up
+
+
 def test_supervisords_log_says_how_often_a_unit_was_started_anew() -> None:
     log = (
         "2026-01-01 10:00:00,000 INFO spawned: 'pd-decode-0' with pid 11\n"

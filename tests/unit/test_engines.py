@@ -14,6 +14,8 @@ from pdlib.plan import Planner, make_plan
 
 TWO = {"n1": host(1), "n2": host(2)}
 VLLM: dict[str, Any] = {"engine": "vllm", "model": "Qwen/Qwen2.5-7B-Instruct", "router": "vllm-router"}
+#: SGLang for NPUs is no lock of ours.
+ASCEND: dict[str, Any] = {"runtime": "existing", "engine_python": "/opt/sglang/bin/python"}
 SGLANG: dict[str, Any] = {"engine": "sglang", "model": "/models/DeepSeek-R1"}
 
 
@@ -125,6 +127,18 @@ def test_what_the_plan_sets_cannot_be_set_beside_it() -> None:
             plan(TWO, "agg", **VLLM, engine_args={flag: 1})
 
 
+@pytest.mark.parametrize("options", [SGLANG, VLLM])
+def test_a_file_of_flags_would_pass_by_every_check(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"decode_engine_args .*: config names a file of flags, .* write its flags here instead"):
+        plan(TWO, "1p1d", **options, decode_engine_args={"config": "/etc/pages.yml"})
+
+
+@pytest.mark.parametrize("flag", ["disaggregation-bootstrap-port", "disaggregation_bootstrap_port"])
+def test_the_bootstrap_port_of_a_worker_is_the_plans(flag: str) -> None:
+    with pytest.raises(UserError, match=f"prefill_engine_args .*: {flag} is set by the plan; set bootstrap_port_base instead"):
+        plan(TWO, "1p1d", **SGLANG, prefill_engine_args={flag: 9999})
+
+
 # ---------------------------------------------------------------- what both ends must share
 
 
@@ -205,7 +219,7 @@ def test_compiled_kernels_go_where_the_host_says(engine: dict[str, str], wanted:
 
 
 def test_ascend_sees_its_devices_by_its_own_variable() -> None:
-    made = plan(TWO, "1p1d", **SGLANG, transfer_backend="ascend", engine_args={"device": "npu"})
+    made = plan(TWO, "1p1d", **SGLANG, transfer_backend="ascend", engine_args={"device": "npu"}, **ASCEND)
     env = ranks(made)["prefill-0"][0]["env"]
     assert env["ASCEND_RT_VISIBLE_DEVICES"] == "0"
     assert "CUDA_VISIBLE_DEVICES" not in env

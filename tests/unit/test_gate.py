@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from unit.gate_faults import KV_CHECKS, LIVE, SPOILT, expect, fail_a_request, lagging_loop, tell_kv_bytes, verify
+from unit.gate_faults import KV_CHECKS, LIVE, SPOILT, calibrate, expect, fail_a_request, lagging_loop, tell_kv_bytes, verify
 from unit.runfolder import KV_BYTES, Run, good
 
 from pdbench.cli import main
@@ -59,6 +59,36 @@ def test_the_page_says_what_the_tests_show() -> None:
         [sys.executable, str(ROOT / "tools" / "docs_validity.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_client_that_was_calibrated_or_not(tmp_path: Path) -> None:
+    def verdict(run: Run, name: str) -> Check:
+        found = [check for check in verdicts(run, tmp_path / name) if check.id == "client-calibrated"]
+        return found[-1]
+
+    # not asked for: never a silent pass
+    assert verdict(good(), "off").ok
+    assert verdict(good(), "off").evidence["caution"] == verdict(good(), "off2").message
+    run = good(concurrency=(4, 8))
+    calibrate(run)
+    assert verdict(run, "on").message.startswith(
+        "grade A: with 8 requests in flight the client's TTFT is wrong by 0.8 ms (p99 6.0)"
+    )
+    assert "caution" not in verdict(run, "on2").evidence
+    # right to a tenth, but not by much; and more tokens than it was found good for
+    calibrate(run, ttft_wrong_by={"mean": 7.5, "p99": 20.0}, most_tokens_per_s=100.0)
+    found = verdict(run, "near")
+    assert found.ok
+    assert "the client's own part in the mean TTFT" in found.evidence["caution"]
+    assert "was found good for about 100" in found.evidence["caution"]
+    # the point's own load counts: the nearest that is not lighter
+    heavy = dict(run.selfcheck["points"][0], concurrency=64, reasons=["too slow at 64"], grade="F")
+    run.selfcheck["points"].append(heavy)
+    assert verdict(run, "lighter").ok
+    run.selfcheck["points"][0]["concurrency"] = 4
+    assert "too slow at 64" in verdict(run, "heavier").message
+    run.selfcheck["points"] = [{"concurrency": 8}]
+    assert "not as `pdbench selfcheck` writes it" in verdict(run, "odd").message
 
 
 def test_a_kv_cache_that_was_verified(tmp_path: Path) -> None:
@@ -284,7 +314,7 @@ def test_a_client_whose_own_part_is_large_is_worth_a_word(tmp_path: Path) -> Non
     run.clients[0]["loop_lag_ms"]["p99"] = 40.0
     (found,) = [check for check in verdicts(run, tmp_path) if check.id == "client-loop"]
     assert found.ok
-    assert found.evidence["caution"].startswith("event-loop lag of the client is p99 40.0 ms beside a p99 TTFT of 1")
+    assert found.evidence["caution"].startswith("read delay of the client is p99 40.0 ms beside a p99 TTFT of 1")
     for record in run.measured():
         record.first_s, record.end_s = record.first_s + 3, record.end_s + 3
         record.chunk_s = [at + 3 for at in record.chunk_s]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdbench.metrics import Slo, goodput, itl_s, output_tokens, stats, summarise, tpot_s, ttft_s
+from pdbench.metrics import METRICS, Slo, goodput, itl_s, output_tokens, samples, stats, summarise, token_itl_s, tpot_s, ttft_s
 from pdbench.records import Record
 
 SAMPLES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
@@ -102,7 +103,18 @@ def test_gaps_add_up(gaps: list[float]) -> None:
 def test_goodput_wants_every_limit_and_counts_failures_as_sent() -> None:
     records = [good(0.0, 0.1, 0.2, 0.3), good(0.0, 0.5, 0.6, 0.7), good(0.0, 0.1, 1.1, 2.1), failed(0.0)]
     g = goodput(records, Slo(ttft_ms=200, tpot_ms=500), 2.0)
-    assert g == {"slo": {"ttft_ms": 200, "tpot_ms": 500}, "good": 1, "sent": 4, "attainment": 0.25, "request_throughput": 0.5}
+    assert g is not None
+    ends: Any = g.pop("attainment_interval")
+    low, high = ends
+    assert low < 0.25 < high
+    assert g == {
+        "slo": {"ttft_ms": 200, "tpot_ms": 500},
+        **{"good": 1, "sent": 4, "attainment": 0.25, "met": {"ttft_ms": 0.5, "tpot_ms": 0.5}},
+        **{"request_throughput": 0.5, "request_throughput_per_gpu": None},
+    }
+    per_gpu = goodput(records, Slo(ttft_ms=200), 2.0, gpus=4)
+    assert per_gpu is not None
+    assert per_gpu["request_throughput_per_gpu"] == 0.25
     assert goodput(records, Slo(), 2.0) is None
     one = goodput([good(0.0, 0.1)], Slo(tpot_ms=1), 1.0)
     assert one is not None
@@ -124,3 +136,75 @@ def test_a_looser_limit_is_never_met_less(ttfts: list[float], one: float, two: f
 def test_nothing_here_is_nan() -> None:
     text = repr(summarise([good(0.0, 1.0), failed(math.nan)], gpus=1, slo=Slo(e2e_ms=1)))
     assert "nan" not in text
+
+
+def batched(counts: list[int], gap: float, told: bool = True) -> Record:
+    """An answer whose events hold so many tokens; tokens come ``gap`` seconds apart, and wait for the last of their event."""
+    times = [0.5 + gap * sum(counts[: i + 1]) for i in range(len(counts))]
+    r = good(0.0, *times, n=sum(counts))
+    r.chunk_tokens = counts if told else []
+    return r
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=30))
+def test_the_gap_of_an_event_belongs_to_all_of_its_tokens(counts: list[int]) -> None:
+    gaps = token_itl_s(batched(counts, 0.01))
+    assert len(gaps) == sum(counts[1:])
+    assert gaps == pytest.approx([0.01] * len(gaps))
+
+
+def test_four_tokens_an_event_are_four_gaps_also_when_only_the_total_is_known() -> None:
+    for told in (True, False):
+        for counts in ([4] * 32, [1] + [4] * 31 + [3]):
+            s = summarise([batched(counts, 0.010, told)])
+            assert s["itl_token_ms"]["mean"] == pytest.approx(10.0)  # type: ignore[index]
+            assert s["itl_token_ms"]["p99"] == pytest.approx(10.0)  # type: ignore[index]
+        s = summarise([batched([4] * 32, 0.010, told)])
+        assert s["itl_ms"]["mean"] == pytest.approx(40.0)  # type: ignore[index]
+
+
+@given(st.integers(1, 500), st.integers(1, 60))
+def test_a_total_is_spread_over_events_without_loss(tokens: int, events: int) -> None:
+    events = min(events, tokens)
+    r = good(0.0, *(0.1 * (i + 1) for i in range(events)), n=tokens)
+    gaps = token_itl_s(r)
+    assert all(gap > 0 for gap in gaps)
+    if events > 1:
+        assert len(gaps) >= events - 1
+
+
+def test_an_event_without_a_new_token_ends_no_gap() -> None:
+    r = good(0.0, 1.0, 1.5, 2.0, n=3)
+    r.chunk_tokens = [1, 0, 2]
+    assert token_itl_s(r) == pytest.approx([0.5, 0.5])
+
+
+def test_latency_from_the_schedule_holds_what_was_sent_late() -> None:
+    r = good(2.0, 3.0, 4.0)
+    r.scheduled_s = 0.5
+    s = summarise([r])
+    assert (s["ttft_ms"]["mean"], s["ttft_scheduled_ms"]["mean"]) == (1000, 2500)  # type: ignore[index]
+    assert (s["e2e_ms"]["mean"], s["e2e_scheduled_ms"]["mean"]) == (2000, 3500)  # type: ignore[index]
+
+
+def test_normalised_latency_and_the_rate_of_one_user() -> None:
+    s = summarise([good(0.0, 1.0, 2.0, 4.0), good(0.0, 1.0)])
+    assert s["normalised_latency_ms"] == stats([4000 / 3, 1000])
+    assert s["output_throughput_per_user"] == stats([1 / 1.5])  # (4 - 1) s for two tokens; one token has no rate
+
+
+def test_every_metric_has_figures_and_intervals() -> None:
+    s = summarise([good(t, t + 1, t + 2) for t in range(40)], gpus=2)
+    assert set(METRICS) | {"level"} == set(s["intervals"])  # type: ignore[call-overload]
+    for name in METRICS:
+        assert s[name]["mean"] is not None  # type: ignore[index]
+    assert (s["request_throughput_per_gpu"], s["input_throughput_per_gpu"]) == (20 / 41, 200 / 41)
+
+
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=20), st.floats(0, 60))
+def test_two_windows_have_the_samples_of_the_whole(sends: list[float], cut: float) -> None:
+    records = [good(t, t + 1, t + 1.5, t + 4) for t in sends]
+    whole, before, after = samples(records), samples(records, end_s=cut), samples(records, begin_s=cut)
+    for name in METRICS:
+        parts = sorted([*before[name].values, *after[name].values])
+        assert parts == pytest.approx(sorted(whole[name].values)), name

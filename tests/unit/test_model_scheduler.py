@@ -229,6 +229,28 @@ def test_long_prompts_are_cut_into_chunks_and_their_kv_travels_while_the_next_on
     assert request.sent_bytes == rates.kv_bytes(3000)
 
 
+@pytest.mark.parametrize("way", ["local", "send"])
+def test_the_stages_of_a_first_token_are_told_and_add_up(way: Way) -> None:
+    worker = Worker(Rates(TINY), replace(BIG, chunk=1024))
+    told: dict[str, list[float]] = {}
+    worker.on_stage = lambda stage, seconds: told.setdefault(stage, []).append(seconds)
+    requests = [Request(way, 2500, 1, peer="d", transport="tcp") for _ in range(3)]
+    ends: list[float] = []
+    for request in requests:
+        worker.submit(0.0, request)
+        if way == "send":
+            worker.grant(0.0, request)
+    worker.on_step = lambda step: ends.append(step.end)
+    while worker.next_at < 1e6:
+        now = worker.next_at
+        worker.advance(now)
+        worker.tokens(now)
+    assert {stage: len(seconds) for stage, seconds in told.items()} == {"prefill_waiting": 3, "prefill_forward": 3}
+    # All came at once and left the queue one after the other: the last one's stages reach to the last step's end.
+    start = max(request.queued for request in requests)
+    assert start + told["prefill_waiting"][-1] + told["prefill_forward"][-1] == pytest.approx(max(ends), rel=0.05)
+
+
 def test_prefill_goes_before_decode_on_an_aggregated_worker() -> None:
     worker = Worker(Rates(TINY), BIG)
     steps: list[Step] = []

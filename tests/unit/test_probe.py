@@ -120,7 +120,11 @@ def test_decode_comes_where_it_fetches() -> None:
     [
         ({"engine": "emulated", "model": None, "transfer_backend": "auto"}, "1p1d", "emulated engine has no transfer engine"),
         ({}, "2agg", "aggregated workers move no KV cache"),
-        ({"transfer_backend": "ascend"}, "1p1d", "it moves nothing between NPUs"),
+        (
+            {"transfer_backend": "ascend", "runtime": "existing", "engine_python": "/opt/sglang"},
+            "1p1d",
+            "it moves nothing between NPUs",
+        ),
     ],
 )
 def test_what_cannot_be_tried_is_said(options: Json, ratio: str, why: str) -> None:

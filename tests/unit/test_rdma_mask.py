@@ -190,6 +190,8 @@ PORTS = {"mlx5_0": IB, "mlx4_0": card(port=2)}
         ({"mlx5_0": IB}, {"backend": "none"}, {}),
         (PORTS, {"backend": "none", "nodes": 2}, {"NCCL_IB_HCA": "=mlx4_0:2,mlx5_0:1"}),
         ({"mlx5_0": ROCE}, {"backend": "none", "nodes": 2}, {"NCCL_IB_HCA": "=mlx5_0:1", "NCCL_IB_GID_INDEX": "3"}),
+        # Also in one host NCCL opens every card; it sends nothing over them.
+        ({"mlx5_0": ROCE}, {"backend": "none", "gpus": (0, 1)}, {"NCCL_IB_HCA": "=mlx5_0:1"}),
         (PORTS, {"backend": "none", "nvshmem": True}, {"NVSHMEM_HCA_LIST": "mlx4_0:2,mlx5_0"}),
         ({"mlx5_0": ROCE}, {"backend": "none", "nvshmem": True}, {"NVSHMEM_HCA_LIST": "mlx5_0", "NVSHMEM_IB_GID_INDEX": "3"}),
         ({}, {"backend": "nixl", "nodes": 2, "nvshmem": True}, {}),
@@ -384,10 +386,11 @@ def test_hosts_of_one_kind_share_a_line_and_an_emulated_engine_has_none() -> Non
 
 def test_npus_move_their_kv_cache_over_their_own_fabric() -> None:
     hosts = {"n1": host(1), "n2": host(2)}
+    npu = {"runtime": "existing", "engine_python": "/opt/sglang/bin/python"}
     for env, wanted in (({}, "hccs"), ({"ASCEND_MF_TRANSFER_PROTOCOL": "device_rdma"}, "rdma")):
-        made = plan(hosts, "1p1d", prefill=["n1"], decode=["n2"], transfer_backend="ascend", engine_env=env, **REAL)
+        made = plan(hosts, "1p1d", prefill=["n1"], decode=["n2"], transfer_backend="ascend", engine_env=env, **REAL, **npu)
         assert {pair["expected_transport"] for pair in made["pairs"]} == {wanted}
     over = {"ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE": "true"}
-    made = plan(hosts, "1p1d", prefill=["n1"], decode=["n2"], transfer_backend="mooncake", engine_env=over, **REAL)
+    made = plan(hosts, "1p1d", prefill=["n1"], decode=["n2"], transfer_backend="mooncake", engine_env=over, **REAL, **npu)
     assert {pair["expected_transport"] for pair in made["pairs"]} == {"hccs"}
     assert "MC_FORCE_TCP" not in json.dumps(told_by(made))

@@ -137,6 +137,33 @@ def test_members_change_the_script_and_restart_nothing(home: Path) -> None:
     assert step(home, router("--prefill", "u", "1", "--decode", "v")).changed == []
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_unit_whose_file_was_edited_may_run_what_stood_there_and_is_restarted(home: Path, check: bool) -> None:
+    """Otherwise the file would be right again, and the process wrong, for every deploy to come."""
+    step(home, A, B)
+    script = home / "units" / "pd-prefill-0.sh"
+    script.write_text(script.read_text() + "# --port 9\n")
+    outcome = step(home, A, B, check=check)
+    assert outcome.done
+    if check:
+        assert outcome.changed == ["would restart pd-prefill-0", "would write pd-prefill-0.sh"]
+        assert CALLS == []
+    else:
+        assert outcome.changed == ["restarted pd-prefill-0", "wrote pd-prefill-0.sh"]
+        assert CALLS == ["stop pd-prefill-0", "start pd-prefill-0"]
+        assert "--port 9" not in script.read_text()
+        assert step(home, A, B).changed == []
+
+
+def test_a_unit_of_before_its_files_were_remembered_stays(home: Path) -> None:
+    step(home, A)
+    record = json.loads((home / "units.json").read_text())
+    del record["pd-prefill-0"]["files"]
+    (home / "units.json").write_text(json.dumps(record))
+    assert step(home, A).changed == []
+    assert "files" in json.loads((home / "units.json").read_text())["pd-prefill-0"]
+
+
 def test_surplus_is_stopped_and_its_files_are_gone(home: Path) -> None:
     step(home, A, B)
     outcome = step(home, A)

@@ -72,7 +72,7 @@ def test_a_valid_run_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
     page = report(run, tmp_path / "run-7")
     assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'run-7' / 'report.html'}\n")
     for sentence in (
-        "Valid. All 42 checks passed",
+        "Valid. All 44 checks passed",
         "3p1d: 3 prefill workers and 1 decode worker of sglang 0.5.23, serving Qwen/Qwen2.5-3B-Instruct as qwen, "
         "on 4 GPUs of 2 hosts (gh200, a100).",
         "The KV cache moves with nixl, expected over TCP for 3 prefill-decode pairs: gh200 is infiniband and a100 is roce: "
@@ -83,6 +83,8 @@ def test_a_valid_run_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
         "Time per output token after the first: (E2E - TTFT) / (n - 1) , seconds",
         "ansible-playbook bench.yml -e @results/run-7/manifest.json",
         "server_metrics.parquet was not recorded",
+        "requests under full load are too few to find it (at least 50).",
+        "It begins when the load is full",
     ):
         assert sentence in page.said
     assert "INVALID" not in page.said
@@ -115,6 +117,38 @@ def test_the_tables_hold_the_figures_of_the_summary(tmp_path: Path) -> None:
     cells = [summary[key] for key in ("request_throughput", "output_throughput", "output_throughput_per_gpu")]
     assert " ".join(map(number, cells)) in page.said
     assert " ".join(number(summary[f"{name}_ms"][q]) for name in ("ttft", "tpot") for q in ("p50", "p95", "p99")) in page.said
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_steady_window_stands_beside_the_whole_with_intervals(tmp_path: Path) -> None:
+    run = good(concurrency=(4,), num_requests=400)
+    run.slo = Slo(ttft_ms=100.0)
+    page = report(run, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    steady = summary["steady"]
+    low, high = steady["intervals"]["ttft_ms"]["p50"]
+    assert f"{number(steady['ttft_ms']['p50'])} ({number(low)}–{number(high)})" in page.said
+    cells = [number(summary[key]["p50"]) for key in ("itl_token_ms", "normalised_latency_ms", "ttft_scheduled_ms")]
+    assert all(cell in page.said.partition("Latency seen otherwise")[2].partition("Steady window")[0] for cell in cells)
+    low, high = summary["goodput"]["attainment_interval"]
+    assert f"({100 * low:.1f}–{100 * high:.1f})" in page.said
+
+
+def test_where_the_first_token_was_is_shown_in_a_figure_a_table_and_words(tmp_path: Path) -> None:
+    run = good(concurrency=(4,))
+    served = 28  # 4 of the warm-up, 24 measured
+    for name in ("prefill-0", "prefill-1", "prefill-2"):
+        stage = 'sglang:per_stage_req_latency_seconds_{}{{stage="prefill_forward"}}'
+        run.metrics(name).update({stage.format("sum"): served / 3 * 0.02, stage.format("count"): served / 3})
+    page = report(run, tmp_path)
+    forward = "Mean TTFT by stage (ms) load mean TTFT router and network bootstrap prefill queue prefill KV allocation"
+    assert forward in page.said
+    assert "prefill 20.0 ms" in page.said
+    assert "not reported: router and network, bootstrap, prefill queue, KV allocation" in page.said
+    assert "(28 requests, warm-up among them)." in page.said
+    assert "not reported not reported not reported 20.0 not reported" in page.said
+    assert (tmp_path / "ttft_split.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "summary.json").read_text())["attribution"] is None  # the run itself was not given evidence
 
 
 @pytest.mark.usefixtures("quick")
@@ -176,7 +210,7 @@ def test_what_a_reader_must_know_of_valid_figures_is_noted(tmp_path: Path) -> No
     said = report(run, tmp_path).said
     assert "Valid." in said
     assert "Note, concurrency 4: one event holds 4.0 output tokens on average" in said
-    assert "Note, concurrency 4: event-loop lag of the client is p99 40.0 ms beside a p99 TTFT of 1" in said
+    assert "Note, concurrency 4: read delay of the client is p99 40.0 ms beside a p99 TTFT of 1" in said
 
 
 @pytest.mark.usefixtures("quick")

@@ -49,8 +49,8 @@ def digest(
 ) -> Record:
     """Digest reads that came 1 s apart, the first 1 s after sending."""
     record = Record(0, 3, "measure", 5, 3, scheduled_s=0.0, sent_s=0.0)
-    reads = [(START + 1.0 + i, part) for i, part in enumerate(parts)]
-    return to_record(Raw(record, START, api, status, kind, reads, error))[0]
+    stamps, lengths = [START + 1.0 + i for i in range(len(parts))], [len(part) for part in parts]
+    return to_record(Raw(record, START, api, status, kind, stamps, lengths, b"".join(parts), error))[0]
 
 
 def test_a_stream_with_counts_in_every_event() -> None:

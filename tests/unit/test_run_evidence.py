@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -195,3 +196,38 @@ async def test_an_engine_without_such_calls_is_not_asked() -> None:
     worker = Worker()
     assert await reset(worker, "vllm") == {}
     assert worker.seen == []
+
+
+async def test_the_routers_metrics_and_this_hosts_are_recorded(tmp_path: Path) -> None:
+    worker = Worker()
+
+    async def page(request: web.Request) -> web.Response:
+        return web.Response(
+            text="# TYPE smg_pd_ttft_seconds histogram\nsmg_pd_ttft_seconds_sum 1.5\nsmg_pd_ttft_seconds_count 3\n"
+        )
+
+    app = web.Application()
+    app.router.add_get("/metrics", page)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    async with worker.listening() as url:
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            metrics = f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+            with ThreadPoolExecutor(1) as pool:
+                asked = Evidence(Deployment("agg", engine("sglang"), 1, url, metrics, {}), {}, pool)
+                side = await asked.snapshot(0.0)
+                scraping = asyncio.create_task(asked.scrape(0, 0.0, 0.05))
+                for _ in range(1000):
+                    await asyncio.sleep(0.02)
+                    if any(row[2].startswith("host:") for row in asked.rows):
+                        break
+                scraping.cancel()
+                await asyncio.gather(scraping, return_exceptions=True)
+                await asked.close()
+        finally:
+            await runner.cleanup()
+    assert side["router"]["metrics"] == {"smg_pd_ttft_seconds_sum": 1.5, "smg_pd_ttft_seconds_count": 3.0}  # type: ignore[index]
+    sources = {(source.partition(":")[0], name) for _, _, source, name, _, _ in asked.rows}
+    assert {("router", "smg_pd_ttft_seconds_sum"), ("host", "node_cpu_seconds_total")} <= sources

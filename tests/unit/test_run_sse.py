@@ -7,7 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdbench.run.sse import Event, events
+from pdbench.run import sse
+from pdbench.run.sse import Event
 
 STREAM = (
     ': a comment\n\ndata: {"text":"é€🙂"}\n\nevent: note\r\ndata: one\r\ndata: two\r\n\r\n'
@@ -19,6 +20,10 @@ EXPECTED = [("", '{"text":"é€🙂"}'), ("note", "one\ntwo"), ("", "no blank")
 def cut(stream: bytes, at: list[int]) -> list[tuple[float, bytes]]:
     places = sorted({0, *(p for p in at if p < len(stream)), len(stream)})
     return [(float(i), stream[a:b]) for i, (a, b) in enumerate(itertools.pairwise(places))]
+
+
+def events(reads: list[tuple[float, bytes]]) -> list[Event]:
+    return sse.events(b"".join(part for _, part in reads), [at for at, _ in reads], [len(part) for _, part in reads])
 
 
 def said(found: list[Event]) -> list[tuple[str, str]]:
@@ -42,6 +47,18 @@ def test_an_event_arrives_with_the_read_that_completes_it(at: list[int]) -> None
         assert len([e for e in events([(0.0, upto)]) if e.whole]) >= number
         assert len([e for e in events([(0.0, before)]) if e.whole]) < number
     assert [e.time_s for e in found] == sorted(e.time_s for e in found)
+
+
+@given(
+    st.lists(st.sampled_from([b"data: a", b"data:b", b"\n", b"\n\n", b": c", b"event: e", b"data: ", b"x"]), max_size=30),
+    st.data(),
+)
+def test_both_ways_read_the_same(parts: list[bytes], data: st.DataObject) -> None:
+    body = b"".join(parts)
+    reads = cut(body, data.draw(st.lists(st.integers(0, 60), max_size=10)))
+    ends = [sum(len(part) for _, part in reads[: k + 1]) for k in range(len(reads))]
+    stamps = [at for at, _ in reads]
+    assert sse._line_feeds(body, stamps, ends) == sse._any_line_ends(body, stamps, ends)
 
 
 def test_byte_by_byte() -> None:

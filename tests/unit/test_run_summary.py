@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_missing_request_is_a_reason() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"loop_lag_ms": {"p50": 1, "p99": 101.0, "max": 200}}, "event loop lagged by 101 ms"),
+        ({"loop_lag_ms": {"p50": 1, "p99": 101.0, "max": 200}}, "reading lagged behind what arrived by 101 ms"),
         ({"send_lateness_ms": {"p50": 1, "p99": 150.0, "max": 200}}, "sent late by 150 ms"),
         ({"delivered_load": 0.8}, "delivered 80% of the configured load"),
     ],
@@ -108,9 +109,52 @@ def test_text_prompts_are_not_held_to_their_number_of_words() -> None:
 
 
 def test_coalescing_is_noted_not_blamed() -> None:
-    s = point_summary(setup(), 0, [record(0), record(1)], {**CALM, "tokens_per_event": 4.0, "events_per_read": 3.0})
+    lumped = {**CALM, "tokens_per_event": 4.0, "events_per_read": 3.0}
+    counted = record(1, chunk_tokens=[4, 4, 4])
+    s = point_summary(setup(), 0, [record(0), counted], lumped)
     assert s["valid"]
-    assert ["4.0 output tokens" in n or "3.0 events" in n for n in s["notes"]] == [True, True]  # type: ignore[attr-defined]
+    notes: Any = s["notes"]
+    first, second, third = notes
+    assert "4.0 output tokens on average (tokens per event > 1)" in first
+    assert "3.0 events" in second
+    assert third.startswith("of 1 answers the server counted no tokens by event")
+    assert len(point_summary(setup(), 0, [counted], lumped)["notes"]) == 2  # type: ignore[arg-type]
+
+
+def test_an_open_loop_that_asks_too_much_is_noted() -> None:
+    late = [
+        record(i, scheduled_s=i / 10, sent_s=i / 10, first_s=i / 5 + 1, end_s=i / 5 + 2, chunk_s=[i / 5 + 1, i / 5 + 2])
+        for i in range(200)
+    ]
+    asked = point(concurrency=None, request_rate=10.0, num_requests=200)
+    s = point_summary(setup(asked), 0, late, CALM)
+    assert s["saturation"]["oversaturated"]  # type: ignore[index]
+    assert s["notes"] == [
+        "over-saturated: of 10.1 requests sent each second, 5 were left over, so latencies depend on how long it ran "
+        "and say nothing of the servers; throughput is the most they give"
+    ]
+    assert point_summary(setup(), 0, late, CALM)["saturation"] is None  # a closed loop cannot
+    assert "note, 10 req/s: over-saturated" in render([s])
+    # with a trace or a ramp, more in flight may be what was asked for
+    trace = point(concurrency=None, num_requests=200, time_scale=1.0)
+    ramp = point(concurrency=None, num_requests=200, request_rate=10.0, request_rate_to=20.0)
+    for uneven in (trace, ramp):
+        assert point_summary(setup(uneven), 0, late, CALM)["saturation"]["oversaturated"] is None  # type: ignore[index]
+
+
+def test_the_table_shows_the_steady_window_with_intervals() -> None:
+    def at(i: int) -> Record:
+        sent = i // 4 * 1.0 + i % 4 * 0.2
+        return record(i, sent_s=sent, first_s=sent + 0.1, end_s=sent + 0.9, chunk_s=[sent + 0.1, sent + 0.5, sent + 0.9])
+
+    records = [at(i) for i in range(200)]
+    asked = point(num_requests=200)
+    text = render([point_summary(setup(asked, slo=Slo(ttft_ms=150)), 0, records, CALM)])
+    (row,) = [line for line in text.splitlines() if line.count("[") == 5]
+    assert "100.0 [100.0, 100.0]" in row
+    assert row.endswith("100.0% [98%, 100%]")
+    short = render([point_summary(setup(), 0, records[:2], CALM)])
+    assert short.endswith("no steady window, c=4: 2 requests never fill 4 slots and go on from there")
 
 
 def test_one_point_stands_at_the_top_two_are_added_up() -> None:
@@ -172,9 +216,11 @@ def test_no_closed_loop_delivers_more_than_all(starts: list[tuple[float, float]]
 
 
 def test_the_report_of_the_client_has_its_keys_also_when_nothing_is_known() -> None:
-    watch = Watch(spans=spans((0, 0.002, 1), (0, math.nan, 1)), lags=[0.001], reads=4)
+    watch = Watch(spans=spans((0, 0.002, 1), (0, math.nan, 1)), lags=Counter({10: 99, 500: 1}), stamped=50, reads=4)
     found = watch.report(tokens=8, events=8, delivered=1.0)
     assert list(found) == list(UNKNOWN)
+    assert found["loop_lag_ms"] == {"p50": 1.1, "p99": 1.1, "max": 50.1}
+    assert found["stamped_share"] == 0.5
     assert found["send_lateness_ms"] == {"p50": 2.0, "p99": 2.0, "max": 2.0}
     assert (found["tokens_per_event"], found["events_per_read"]) == (1.0, 2.0)
     assert brief([]) == {"p50": None, "p99": None, "max": None}

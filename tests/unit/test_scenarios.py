@@ -140,6 +140,9 @@ def _ours(case: Case, rank: Json, role: str) -> tuple[Words, Words]:
     """What a plan adds to every server: (flags, environment)."""
     visible = "ASCEND_RT_VISIBLE_DEVICES" if case.backend == "ascend" else "CUDA_VISIBLE_DEVICES"
     env = {visible: ",".join(map(str, rank["gpus"]))}
+    if len(rank["gpus"]) > 1 and rank["rdma_devices"]:
+        # The scripts left NCCL of one host every card, the masked one, too.
+        env["NCCL_IB_HCA"] = "=" + ",".join(f"{device}:1" for device in rank["rdma_devices"])
     # Listening on the one address at which others reach the host, not on all and not on loopback.
     said = {"--host": rank["listen"]}
     if case.engine == "vllm":
@@ -248,7 +251,7 @@ def test_the_masked_card_is_nowhere_and_the_mask_is_one() -> None:
                 mask = read(rank["argv"])["--disaggregation-ib-device"]
                 assert mask == ",".join(rank["rdma_devices"])
                 assert rank["env"]["NVSHMEM_HCA_LIST"] == mask
-                assert rank["env"].get("NCCL_IB_HCA", "").replace(":1", "") == (f"={mask}" if len(worker["ranks"]) > 1 else "")
+                assert rank["env"].get("NCCL_IB_HCA", "").replace(":1", "") == (f"={mask}" if len(rank["gpus"]) > 1 else "")
 
 
 def test_the_cache_of_compiled_kernels_has_its_new_name() -> None:

@@ -23,6 +23,7 @@ mkdir -p "$3/bin" && cat > "$3/bin/python" <<'END'
 #!/bin/sh
 for last in "$@"; do :; done
 echo "$@" >> "$(dirname "$0")/asked"
+test ! -d "$last" || cat "$last/pyproject.toml" > "$(dirname "$0")/seen"
 cat "$last"
 grep -q slow "$last" && sleep 1
 grep -q broken "$last" && exit 1
@@ -250,3 +251,36 @@ def test_services_of_another_user_reach_what_sudo_with_a_strict_umask_makes(mach
             assert path.stat().st_mode & 0o005 == 0o005, path
     finally:
         os.umask(before)
+
+
+def test_nixl_is_built_from_a_copy_of_its_sources_with_the_tools_of_another_virtualenv(machine: Host, tmp_path: Path) -> None:
+    source, ucx = tmp_path / "nixl-src", tmp_path / "ucx"
+    source.mkdir()
+    (source / "pyproject.toml").write_text('[project]\nname = "nixl-cu12"\nversion = "1.4.0"\n')
+    tools = {"name": "nixl-build", "requirements": ["tools.txt"]}
+    row = {"name": "engine", "requirements": ["a.txt"]}
+    built = {"path": str(source), "ucx": str(ucx), "name": "nixl-cu13", "tools": "nixl-build"}
+    encoded = {name: base64.b64encode(b"one").decode() for name in ("tools.txt", "a.txt")}
+
+    def run(resumed: bool) -> Outcome:
+        rows: list[dict[str, Any]] = [tools, {**row, "source": built}]
+        return venvs.step(str(machine.install), str(machine.state), str(machine.python), rows, encoded, False, resumed)
+
+    def finish() -> None:
+        resumed = False
+        while not run(resumed).done:
+            resumed = True
+
+    with pytest.raises(UserError, match=r"(?s)engine did not install.*ucx_prefix=\S+/ucx: no include/ucp"):
+        finish()
+    (ucx / "include/ucp/api").mkdir(parents=True)
+    (ucx / "include/ucp/api/ucp.h").touch()
+    finish()
+    (asked,) = [line for line in (machine.install / "nixl-build/bin/asked").read_text().splitlines() if " wheel " in line]
+    assert f"--no-build-isolation -w {machine.install}/engine.install/nixl-wheel" in asked
+    assert asked.endswith(f"--config-settings=setup-args=-Ducx_path={ucx} {machine.install}/engine.install/nixl")
+    assert machine.asked()[-1].startswith("-m pip --no-input --disable-pip-version-check install --no-deps")
+    assert (source / "pyproject.toml").read_text().splitlines()[1] == 'name = "nixl-cu12"', "the user's own is left as it is"
+    assert 'name = "nixl-cu13"' in (machine.install / "nixl-build/bin/seen").read_text()
+    one = venvs.Venv("/i", "/s", "p", row, encoded).stamp()
+    assert venvs.Venv("/i", "/s", "p", {**row, "source": built}, encoded).stamp() != one

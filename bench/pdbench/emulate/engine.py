@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from pdbench.emulate.asks import BadAskError, Item
 from pdbench.emulate.faults import Faults
-from pdbench.emulate.handshake import HandshakeError, Kv, Link, Links, Place, Rooms, Timeouts, transport_between
+from pdbench.emulate.handshake import GIVEN_UP, HandshakeError, Kv, Link, Links, Place, Rooms, Timeouts, transport_between
 from pdbench.emulate.metrics import WorkerMetrics
 from pdbench.emulate.text import Prompt
 from pdbench.model.profile import Profile
@@ -90,6 +90,7 @@ class Job:
         self.link: Link | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.found_at = self.granted_at = 0.0
+        self.moved = False
         self._engine = engine
 
     @property
@@ -126,6 +127,7 @@ class Engine:
         self.metrics = WorkerMetrics(config.served_model_name, ENGINE_TYPES[config.role])
         self.rates = Rates(config.profile, config.tp_size)
         self.worker = Worker(self.rates, self._limits())
+        self.worker.on_stage = self.metrics.note_stage
         self.worker.link_factor = self.faults.link_factor
         self.worker.on_step = self._note_step
         self.place = Place(f"{config.host}:{config.port}", config.node, config.rdma_fabric)
@@ -191,6 +193,10 @@ class Engine:
         """Stop a job: its client left, or asked for it."""
         if not job.done.done():
             self.metrics.aborted.inc()
+            if job.request and job.request.way in ("send", "receive") and not job.moved:
+                # as SGLang does: who gives up before the KV cache has moved is counted and logged as a failure
+                before = not (job.granted_at if self.role == "prefill" else job.found_at)
+                log.error("%s", self._failed(job, HandshakeError(GIVEN_UP, bootstrap=before)))
             self._end(job, AbortedError("the request was aborted"), "the request was aborted")
 
     def jobs(self) -> list[Job]:
@@ -265,7 +271,7 @@ class Engine:
         self._in_room[room] = job
         self._submit(job, "send")
         limit = self.config.timeouts.bootstrap_s
-        late = HandshakeError(f"Prefill bootstrap failed: no decode worker came to room {room} in {limit:g} s", bootstrap=True)
+        late = HandshakeError(f"Request {room} timed out after {limit:.1f}s in KVPoll.Bootstrapping", bootstrap=True)
         job.timer = asyncio.get_running_loop().call_later(limit, self.fail, job, late)
         self.rooms.open(room)
 
@@ -295,10 +301,12 @@ class Engine:
         self.worker.grant(job.granted_at, job.request)
         self._arm()
 
-    def on_left(self, room: int) -> None:
-        """Hear that the decode worker is gone."""
-        if job := self._in_room.get(room):
-            self.fail(job, HandshakeError("Prefill transfer failed: the decode worker left", bootstrap=False))
+    def on_left(self, room: int, gone: bool) -> None:
+        """Hear that the decode worker gave the request up; one that is gone is missed by a transfer, and by nothing before it."""
+        if (job := self._in_room.get(room)) and (job.granted_at or not gone):
+            assert job.request is not None
+            dead = f"Decode instance could be dead, remote session {job.request.peer} is not alive"
+            self.fail(job, HandshakeError(dead if gone else GIVEN_UP, bootstrap=not job.granted_at))
 
     def _note_sent(self, job: Job, event: Event) -> None:
         """The last KV of a prompt has left."""
@@ -307,12 +315,7 @@ class Engine:
         assert room is not None
         peer, transport = job.request.peer, job.request.transport
         if self.faults.fails(peer):
-            self.fail(
-                job,
-                HandshakeError(
-                    f"Prefill transfer failed for room {room}: KV transfer to {peer} failed (injected)", bootstrap=False
-                ),
-            )
+            self.fail(job, HandshakeError(f"KV transfer to {peer} failed (injected)", bootstrap=False))
             return
         self.last_kv_latency_ms, self.last_kv_speed_gb_s = seconds * 1e3, size / 2**30 / seconds
         self.metrics.kv_latency.observe(self.last_kv_latency_ms)
@@ -322,6 +325,7 @@ class Engine:
         self._note_kv(peer, transport, size)
         spoilt = self.faults.corrupts()
         prompt = Prompt(job.item.prompt.tokens, job.item.prompt.digest[::-1]) if spoilt else job.item.prompt
+        job.moved = True
         self._in_room.pop(room, None)
         self.rooms.close(room, Kv(prompt, size, transport, job.cached_tokens, spoilt).to_json(room))
 
@@ -343,7 +347,7 @@ class Engine:
         job.request.peer = f"{item.bootstrap_host}:{port}"
         if not recompute:
             limit = self.config.timeouts.waiting_s
-            late = HandshakeError(f"KV of room {room} did not come from {job.request.peer} within {limit:g} s", bootstrap=False)
+            late = HandshakeError(f"Request {room} timed out after {limit:.1f}s in KVPoll.WaitingForInput", bootstrap=False)
             job.timer = asyncio.get_running_loop().call_later(limit, self.fail, job, late)
         job.link.ask(room, job, recompute)
 
@@ -368,8 +372,9 @@ class Engine:
             )
             return self.fail(job, HandshakeError(why, bootstrap=False))
         if self.faults.fails(request.peer):
-            why = f"KV transfer of room {job.item.bootstrap_room} from {request.peer} failed (injected)"
+            why = f"KV transfer from {request.peer} failed (injected)"
             return self.fail(job, HandshakeError(why, bootstrap=False))
+        job.moved = True
         job.digest = kv.prompt.digest[::-1] if self.faults.corrupts() else kv.prompt.digest
         if job.timer:
             job.timer.cancel()
@@ -456,8 +461,18 @@ class Engine:
     def fail(self, job: Job, problem: HandshakeError) -> None:
         """End a job whose prefill and decode did not come together."""
         if not job.done.done():
-            (self.metrics.bootstrap_failed if problem.bootstrap else self.metrics.transfer_failed).inc()
-            self._end(job, problem, str(problem))
+            self._end(job, self._failed(job, problem), str(problem))
+
+    def _failed(self, job: Job, problem: HandshakeError) -> HandshakeError:
+        """Count a failure between prefill and decode; return it in SGLang 0.5.23's words: doctor.yml looks for them."""
+        (self.metrics.bootstrap_failed if problem.bootstrap else self.metrics.transfer_failed).inc()
+        stage = "transfer" if not problem.bootstrap else "handshake" if self.role == "decode" else "bootstrap"
+        side, name, room = self.role.capitalize(), "decode_req.req" if self.role == "decode" else "req", job.item.bootstrap_room
+        return HandshakeError(
+            f"{side} {stage} failed for request rank=0 {name}.rid={job.item.rid!r} {name}.bootstrap_room={room} "
+            f"with exception KVTransferError(bootstrap_room={room}): {problem}",
+            bootstrap=problem.bootstrap,
+        )
 
     def _end(self, job: Job, problem: Exception, why: str) -> None:
         moment = now()

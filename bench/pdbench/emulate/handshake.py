@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ from yarl import URL
 from pdbench.emulate.text import Prompt
 
 Json = dict[str, Any]
+log = logging.getLogger("pdbench.emulate")
+#: What SGLang 0.5.23 gives as the reason when one side gave a request up, whatever made it do so.
+GIVEN_UP = "Aborted by AbortReq."
 
 
 class HandshakeError(Exception):
@@ -143,8 +147,8 @@ class Sender(Protocol):
     def on_granted(self, room: int) -> None:
         """Hear that the decode worker has memory for the KV."""
 
-    def on_left(self, room: int) -> None:
-        """Hear that the decode worker gave the request up, or is gone."""
+    def on_left(self, room: int, gone: bool) -> None:
+        """Hear that the decode worker gave the request up, or (`gone`) that its connection broke."""
 
 
 class Rooms:
@@ -204,7 +208,7 @@ class Rooms:
         finally:
             self._sockets.discard(socket)
             for room in [room for room, there in self._decode.items() if there[0] is socket]:
-                self._leave(room)
+                self._leave(room, gone=True)
         return socket
 
     def _hear(self, socket: web.WebSocketResponse, place: Place, said: Json) -> None:
@@ -219,12 +223,12 @@ class Rooms:
         elif "grant" in said and said["grant"] in self._decode:
             self._sender.on_granted(int(said["grant"]))
         elif "leave" in said and said["leave"] in self._decode:
-            self._leave(int(said["leave"]))
+            self._leave(int(said["leave"]), gone=False)
 
-    def _leave(self, room: int) -> None:
+    def _leave(self, room: int, gone: bool) -> None:
         del self._decode[room]
         if room in self._open:
-            self._sender.on_left(room)
+            self._sender.on_left(room, gone)
 
     async def shut(self) -> None:
         """Close all connections."""
@@ -311,17 +315,19 @@ class Link:
                     refused = 0
                     await self._talk(socket)
                 lost = self._take_all()
-                if lost:
-                    await self._heartbeat()
-                    message = f"Losing connection with prefill instance (bootstrap_addr: {address})"
+                # One that is back in time is not missed: its old requests wait for their limit, as in SGLang.
+                if lost and await self._dead():
+                    message = f"Lost connection with prefill instance (bootstrap_addr: {address})"
+                    log.error("%s, %d requests affected", message, len(lost))
                     self._fail(lost, HandshakeError(message, bootstrap=False))
             except (aiohttp.ClientConnectorError, TimeoutError):
                 refused += 1
                 if refused < self._attempts:
                     await asyncio.sleep(self._interval_s)
                     continue
-                message = f"Could not fetch prefill parallel info from {address} after {refused} attempts"
-                self._fail(self._take_all(), HandshakeError(message, bootstrap=True))
+                log.error("Could not fetch prefill parallel info from %s after %d attempts", address, refused)
+                refused = 0
+                self._fail(self._take_all(), HandshakeError(GIVEN_UP, bootstrap=True))
             except (aiohttp.ClientError, ValueError) as why:
                 message = f"{address} is not an emulated prefill worker: {why}"
                 self._fail(self._take_all(), HandshakeError(message, bootstrap=True))
@@ -353,16 +359,17 @@ class Link:
             why = f"prefill {self._host}:{self._port} failed room {said['failed']}: {said['why']}"
             self._rooms.pop(said["failed"]).on_failed(HandshakeError(why, bootstrap=False))
 
-    async def _heartbeat(self) -> None:
-        """Wait as long as SGLang does before it gives a prefill up whose connection broke; its rooms are gone either way."""
+    async def _dead(self) -> bool:
+        """Whether a prefill whose connection broke misses as many heartbeats as SGLang waits for before it gives it up."""
         url = URL.build(scheme="http", host=self._host, port=self._port, path="/health")
         for _ in range(self._timeouts.heartbeat_failures):
             await asyncio.sleep(self._timeouts.heartbeat_s)
             try:
                 async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=5)):
-                    return
+                    return False
             except (aiohttp.ClientError, TimeoutError):
                 continue
+        return True
 
     def _take_all(self) -> list[Receiver]:
         receivers, self._rooms, self._outbox = list(self._rooms.values()), {}, asyncio.Queue()

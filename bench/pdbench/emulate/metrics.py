@@ -256,6 +256,14 @@ class WorkerMetrics:
             "pdbench_emulator_slow_clients_total", "Streams that were ended because their client did not read.", front
         )
 
+    def note_stage(self, stage: str, seconds: float) -> None:
+        """Count a stage of a request as SGLang does: waiting before the first forward pass is queueing time."""
+        if stage.endswith("_waiting"):
+            self.queue_time.observe(seconds)
+        # metrics_is_observed of RequestStage (req_time_stats.py)
+        if stage != "prefill_waiting":
+            self.stage.observe(seconds, stage)
+
     def relabel(self, engine_type: str) -> None:
         """Change the label `engine_type` of all samples: the worker has switched its role."""
         self._front["engine_type"] = self._back["engine_type"] = engine_type

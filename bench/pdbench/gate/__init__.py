@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdbench.gate import client, cluster, correct, kv, leftovers, requests, transport
+from pdbench.gate import calibrated, client, cluster, correct, kv, leftovers, requests, transport
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import Point, RunData
 
@@ -29,6 +29,7 @@ POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
     client.lag,
     client.lateness,
     client.load,
+    calibrated.calibrated,
 )
 
 

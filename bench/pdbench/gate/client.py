@@ -58,10 +58,10 @@ def _late(run: RunData, point: Point, name: str, what: str, found: Stats | None,
 
 
 def lag(run: RunData, point: Point) -> Check:
-    """The client's event loop was not held up: its stamps are not late."""
+    """What arrived was read soon: what comes in one read has one stamp, and the next request waits for it."""
     found = point.client.get("loop_lag_ms")
     measured = found if isinstance(found, dict) else None
-    return _late(run, point, "client-loop", "event-loop lag of the client", measured, run.bounds.loop_lag_ms)
+    return _late(run, point, "client-loop", "read delay of the client", measured, run.bounds.loop_lag_ms)
 
 
 def lateness(run: RunData, point: Point) -> Check:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_SAMPLE = re.compile(r"(?P<name>[^{]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
+from pdbench.engines import total
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,7 @@ class Scrape:
 
     def total(self, counter: str) -> float | None:
         """Return the sum over label sets of ``name`` or ``name{label="value"}``; None when there is no such sample."""
-        wanted = _SAMPLE.fullmatch(counter)
-        assert wanted is not None
-        values = []
-        for key, value in self.samples.items():
-            sample = _SAMPLE.fullmatch(key)
-            if sample and sample["name"] == wanted["name"] and (wanted["labels"] or "") in (sample["labels"] or ""):
-                values.append(value)
-        return sum(values) if values else None
+        return total(self.samples, counter)
 
 
 @dataclass(frozen=True)

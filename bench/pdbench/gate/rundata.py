@@ -16,6 +16,7 @@ from pdbench.run.summary import Bounds
 Json = dict[str, Any]
 
 ROLES = ("prefill", "decode", "aggregated")
+SELFCHECK = "selfcheck.json"
 #: files that a run to be believed has; the first two are what makes a folder a run's folder
 PROGRESS, REQUESTS, SUMMARY, PLAN, EVIDENCE = (
     "progress.json",
@@ -77,7 +78,8 @@ class Point:
         if isinstance(self.summary.get("concurrency"), int):
             return f"concurrency {self.summary['concurrency']}"
         if isinstance(self.summary.get("request_rate"), (int, float)):
-            return f"{self.summary['request_rate']:g} req/s"
+            to = self.summary.get("request_rate_to")
+            return f"{self.summary['request_rate']:g}{f'-{to:g}' if isinstance(to, (int, float)) else ''} req/s"
         if isinstance(self.summary.get("time_scale"), (int, float)):
             return f"trace x{self.summary['time_scale']:g}"
         return f"point {self.index}"
@@ -90,7 +92,8 @@ class RunData:
     ``problems``: file name -> why it could not be used ("missing", or what is wrong with it); the attribute of such a file
     is empty. ``max_error_rate``: the share of failed requests that is allowed, 0 to 1. ``bounds``: how late the client was
     allowed to be when the run was started. ``logs``: the ends of the units' logs, by file name. ``verify_outputs``: prompts
-    a pair that the run was to verify, ``verified`` what came of it (`pdbench.run.verify`).
+    a pair that the run was to verify, ``verified`` what came of it (`pdbench.run.verify`). ``selfcheck``: what
+    `pdbench selfcheck` found before the load, empty when it was not run.
     """
 
     folder: Path
@@ -105,6 +108,7 @@ class RunData:
     logs: Mapping[str, str] = field(default_factory=dict)
     verify_outputs: int = 0
     verified: Json = field(default_factory=dict)
+    selfcheck: Json = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
@@ -159,6 +163,10 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
     _check_plan(plan, problems)
     _check_evidence(evidence, problems)
     manifest = _json(folder, "manifest.json", {})
+    absent: dict[str, str] = {}
+    selfcheck = _json(folder, SELFCHECK, absent)
+    if absent.get(SELFCHECK, "missing") != "missing":
+        selfcheck = {"error": f"{SELFCHECK} is {absent[SELFCHECK]}"}
     records: list[Record] = []
     try:
         records = read_parquet(folder / REQUESTS)
@@ -182,6 +190,7 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
         logs=_logs(folder / "logs"),
         verify_outputs=asked if isinstance(asked, int) else 0,
         verified=evidence.get("verify", {}),
+        selfcheck=selfcheck,
     )
 
 

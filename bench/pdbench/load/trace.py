@@ -1,23 +1,53 @@
-"""Traces in Mooncake's format: JSON lines of ``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``."""
+"""Traces in Mooncake's format: JSON lines of ``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``.
+
+Source of the format: Mooncake (Qin et al., FAST 2025) and its FAST25-release traces. ``hash_ids`` name the prompt's blocks of
+512 tokens, the last one partial; an id stands for its block *and all before it*, so equal ids are equal prefixes.
+"""
 
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from pdbench.load.errors import LoadError
+from pdbench.load.prompts import Piece
 
 _FORMAT = '{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}'
+#: tokens of a block of ``hash_ids``
+BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request of a trace: arrival in seconds after the first one, lengths in tokens."""
+    """One request of a trace: arrival in seconds after the first one, lengths in tokens, ids of its blocks."""
 
     arrival_s: float
     isl: int
     osl: int
+    blocks: Sequence[int] = ()
+
+    def pieces(self, name: str, serial: int, scale: float) -> tuple[Piece, ...]:
+        """Return the prompt as pieces: prompts share exactly the tokens of the blocks that they share.
+
+        Block k of a scaled prompt reaches from round(512 k scale) to round(512 (k + 1) scale), so that a block lies in the
+        same place in all prompts. A row without ``hash_ids`` shares nothing: it is one piece called ``name``.
+        """
+        if not self.blocks:
+            return (Piece(name, self.isl, serial=serial),)
+        found = []
+        start = 0
+        for k, block in enumerate(self.blocks):
+            end = min(self.isl, round(BLOCK * (k + 1) * scale))
+            if end > start:
+                found.append(Piece(f"block/{block}", end - start))
+            start = end
+        if start < self.isl:  # all blocks scaled to nothing, and a prompt has at least 1 token
+            found.append(Piece(name, self.isl - start))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -25,7 +55,7 @@ class Scaling:
     """How a trace of a large model's users is fitted to a small model's context.
 
     Lengths are multiplied by ``length`` and rounded, then cut at ``max_isl`` and ``max_osl`` (None: no cut), and are
-    never below 1 token.
+    never below 1 token. Lengths that are drawn are only cut.
     """
 
     length: float = 1.0
@@ -48,8 +78,8 @@ class Scaling:
 def read_trace(path: Path, scaling: Scaling, count: int | None = None) -> list[Row]:
     """Return the first ``count`` requests of a trace (all, when None), in the file's order.
 
-    ``hash_ids`` name shared prefixes; they are not replayed, every prompt is new. Raise LoadError when the file cannot
-    be read, a line is not of the format, time runs backwards, or the trace is shorter than ``count``.
+    Raise LoadError when the file cannot be read, a line is not of the format, time runs backwards, or the trace is
+    shorter than ``count``.
     """
     rows: list[Row] = []
     start: float | None = None
@@ -61,13 +91,13 @@ def read_trace(path: Path, scaling: Scaling, count: int | None = None) -> list[R
                     break
                 if not line.strip():
                     continue
-                timestamp, isl, osl = _fields(line, f"{path}, line {number}")
+                timestamp, isl, osl, blocks = _fields(line, f"{path}, line {number}")
                 start = timestamp if start is None else start
                 arrival = (timestamp - start) / 1000
                 if arrival < last:
                     raise LoadError(f"{path}, line {number}: its timestamp is before that of the line above it")
                 last = arrival
-                rows.append(Row(arrival, scaling.isl(isl), scaling.osl(osl)))
+                rows.append(Row(arrival, scaling.isl(isl), scaling.osl(osl), blocks))
     except OSError as why:
         raise LoadError(f"cannot read the trace {path}: {why.strerror or why}") from None
     except UnicodeDecodeError:
@@ -79,13 +109,19 @@ def read_trace(path: Path, scaling: Scaling, count: int | None = None) -> list[R
     return rows
 
 
-def _fields(line: str, where: str) -> tuple[float, int, int]:
+def _fields(line: str, where: str) -> tuple[float, int, int, Sequence[int]]:
     try:
         row = json.loads(line)
-        timestamp, isl, osl = row["timestamp"], row["input_length"], row["output_length"]
-    except (ValueError, TypeError, KeyError):
+        timestamp, isl, osl, blocks = row["timestamp"], row["input_length"], row["output_length"], row.get("hash_ids") or []
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise LoadError(f"{where}: not a line of a Mooncake trace, such as {_FORMAT}") from None
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (isl, osl))
-    if not whole or isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)):
+    if not whole or isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)) or not isfinite(timestamp):
         raise LoadError(f"{where}: timestamp must be a number of ms, the lengths whole numbers from 0 up")
-    return float(timestamp), isl, osl
+    try:
+        ids = array("q", blocks)
+    except (TypeError, OverflowError):
+        raise LoadError(f"{where}: hash_ids must be whole numbers, one a block of {BLOCK} tokens") from None
+    if ids and len(ids) != max(1, -(-isl // BLOCK)):
+        raise LoadError(f"{where}: {len(ids)} hash_ids for {isl} tokens; there must be one for every {BLOCK} tokens begun")
+    return float(timestamp), isl, osl, ids

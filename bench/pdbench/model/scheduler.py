@@ -48,8 +48,8 @@ class Request:
     """One prompt on one worker. `prompt` is packed token ids, or empty where no prefix cache looks at it."""
 
     __slots__ = (
-        *("arrived", "base", "cached", "computed", "entered", "generated", "matched", "node", "output_tokens", "own", "peer"),
-        *("prompt", "prompt_tokens", "retractions", "sent_bytes", "state", "tag", "transport", "way"),
+        *("arrived", "base", "began", "cached", "computed", "entered", "generated", "matched", "node", "output_tokens", "own"),
+        *("peer", "prompt", "prompt_tokens", "queued", "retractions", "sent_bytes", "state", "tag", "transport", "way"),
     )
 
     def __init__(
@@ -66,7 +66,8 @@ class Request:
         self.way, self.prompt_tokens, self.output_tokens, self.prompt = way, prompt_tokens, output_tokens, prompt
         self.peer, self.transport, self.tag = peer, transport, tag
         self.state: State = "frontend"
-        self.arrived = self.entered = 0.0
+        self.arrived = self.entered = self.queued = 0.0
+        self.began = -1.0
         self.generated = self.own = self.base = self.computed = self.cached = self.retractions = self.sent_bytes = 0
         self.matched = False
         self.node: Node | None = None
@@ -129,6 +130,8 @@ class Worker:
         self.slow_down_s = 0.0
         self.link_factor: Callable[[str], float] = lambda peer: 1.0
         self.on_step: Callable[[Step], None] | None = None
+        #: hears of every first wait and forward pass of a request: SGLang's name of the stage, and its seconds
+        self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.retracted = self.hit_tokens = self.asked_tokens = 0
         self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
         self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
@@ -173,6 +176,7 @@ class Worker:
         if request.state == "frontend":
             request.matched = True
         elif request.state == "bootstrap":
+            request.queued = now
             self._set(request, "waiting")
             self._waiting.append(request)
             self._kick(now)
@@ -289,6 +293,7 @@ class Worker:
             self._set(request, "bootstrap")
             return
         else:
+            request.queued = now
             self._set(request, "waiting")
             self._waiting.append(request)
         self._kick(now)
@@ -399,11 +404,14 @@ class Worker:
             self._prealloc.remove(request)
             request.own = request.prompt_tokens
             self._take(request.own)
+            request.queued = now
             self._set(request, "transfer")
             self._out.append(Event(now, "granted", request))
 
     def _arrived(self, now: float, request: Request) -> None:
         if request.state == "transfer":
+            self.on_stage("decode_transferred", now - request.queued)
+            request.queued = now
             self._set(request, "ready")
             self._ready.append(request)
             self._kick(now)
@@ -417,6 +425,7 @@ class Worker:
         while self._ready and len(self._running) < self.limits.max_running:
             request = self._ready.popleft()
             if not request.generated:
+                self.on_stage("decode_waiting", now - request.queued)
                 self._emit(now, request)
             if request.generated >= request.output_tokens:
                 self._finish(request)
@@ -480,6 +489,10 @@ class Worker:
     def _start_prefill(self, now: float, chunks: list[tuple[Request, int]]) -> None:
         took = self.rates.prefill_s((new, request.computed) for request, new in chunks) + self.slow_down_s
         self._busy = True
+        for request, _ in chunks:
+            if request.began < 0:
+                request.began = now
+                self.on_stage("prefill_waiting", now - request.queued)
         self._at(now + took, lambda at: self._end_prefill(at, chunks))
         if self.on_step:
             tokens, context = sum(new for _, new in chunks), sum(request.computed for request, _ in chunks)
@@ -496,6 +509,8 @@ class Worker:
                 self._send(now, request, complete)
             if not complete:
                 continue
+            if not request.retractions:
+                self.on_stage("prefill_forward", now - request.began)
             self._remember(request)
             if request.way == "send":
                 self._set(request, "sending")

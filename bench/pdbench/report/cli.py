@@ -9,7 +9,7 @@ from pathlib import Path
 from pdbench.gate.rundata import NotARun, RunData, load
 from pdbench.records import replacing
 from pdbench.report import words
-from pdbench.report.figures import FIGURES, Sheet, draw
+from pdbench.report.figures import Sheet, draw, shown
 from pdbench.report.look import LIGHT
 from pdbench.report.page import render
 
@@ -53,7 +53,7 @@ def make(folder: Path) -> Path:
     verdict = words.verdict(run)
     sheet = Sheet(run.points, LIGHT, verdict.stamp, "\n".join(_below(run)))
     light = {}
-    for name in FIGURES:
+    for name in shown(sheet):
         png, light[name] = draw(name, sheet, "png", "svg")
         for kind, content in (("png", png), ("svg", light[name])):
             with replacing(folder / f"{name}.{kind}") as temporary:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pdbench.gate.rundata import Point
 from pdbench.metrics import itl_s, ttft_s
+from pdbench.report import split
 from pdbench.report.look import VERMILLION, Theme
 
 #: samples drawn of a distribution: more cannot be seen
@@ -276,7 +277,13 @@ FIGURES: dict[str, tuple[Callable[[Sheet], Figure], str]] = {
     "ttft": (ttft_distribution, "Distribution of the time to first token"),
     "itl": (itl_distribution, "Distribution of the inter-token latency"),
     "in_flight": (in_flight, "Requests in flight over time"),
+    "ttft_split": (split.figure, "Where the time to the first token goes, by what servers say of the same requests"),
 }
+
+
+def shown(sheet: Sheet) -> list[str]:
+    """Return the figures that this run has something for."""
+    return [name for name in FIGURES if name != "ttft_split" or split.known(sheet.points)]
 
 
 def draw(name: str, sheet: Sheet, *kinds: str) -> list[bytes]:

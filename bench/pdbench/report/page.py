@@ -11,7 +11,7 @@ import jinja2
 
 from pdbench import __version__
 from pdbench.gate.rundata import RunData
-from pdbench.report import words
+from pdbench.report import split, words
 from pdbench.report.figures import FIGURES, Sheet, draw
 from pdbench.report.look import DARK, ROLE_COLOURS
 from pdbench.report.picture import cluster
@@ -23,6 +23,7 @@ def render(run: RunData, verdict: words.Verdict, sheet: Sheet, light: dict[str, 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("pdbench.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     dark = replace(sheet, theme=DARK)
+    plots = [(name, FIGURES[name][1]) for name in light]
     ratio, model = run.plan.get("ratio") or "unknown ratio", run.plan.get("model") or "unknown model"
     return environment.from_string(template).render(
         name=run.folder.resolve().name,
@@ -35,8 +36,9 @@ def render(run: RunData, verdict: words.Verdict, sheet: Sheet, light: dict[str, 
         workload=words.workload(run),
         picture=cluster(run.plan) if run.plan else "",
         tables=results(run.points),
+        split=split.sentences(run.points),
         notes=words.notes(run.points, verdict),
-        plots=[(name, text, _inline(light[name]), _inline(draw(name, dark, "svg")[0])) for name, (_, text) in FIGURES.items()],
+        plots=[(name, text, _inline(light[name]), _inline(draw(name, dark, "svg")[0])) for name, text in plots],
         missing=words.missing(run),
         definitions=words.definitions(),
         labels={point.index: point.label for point in run.points},

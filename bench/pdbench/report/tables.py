@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdbench.gate.rundata import Point
+from pdbench.report import split
 
 _LATENCIES = (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("ITL", "itl_ms"), ("E2E", "e2e_ms"))
+#: the same waits, looked at otherwise
+_OTHERWISE = (
+    ("ITL, by token", "itl_token_ms"),
+    ("E2E per token", "normalised_latency_ms"),
+    ("TTFT from schedule", "ttft_scheduled_ms"),
+    ("E2E from schedule", "e2e_scheduled_ms"),
+)
 _THROUGHPUTS = (
     ("requests/s", "request_throughput"),
     ("output tokens/s", "output_throughput"),
@@ -37,10 +45,18 @@ def number(value: object) -> str:
 
 
 def results(points: Sequence[Point]) -> list[Table]:
-    """Return throughput and latency of every load point, and goodput where limits were set."""
-    tables = [_throughput(points), _latency(points)]
+    """Return throughput and latency of every load point, the steady window, and goodput where limits were set."""
+    tables = [_throughput(points), _latency("Latency (ms)", _LATENCIES, points)]
+    if any(point.summary.get("itl_token_ms") for point in points):
+        tables.append(_latency("Latency seen otherwise (ms)", _OTHERWISE, points))
+    if any(_in(point.summary.get("steady"), "found") for point in points):
+        tables.append(_steady(points))
     if any(isinstance(point.summary.get("goodput"), dict) for point in points):
         tables.append(_goodput(points))
+    if split.known(points):
+        head, rows = split.rows(points)
+        shown = [[str(row[0]), *("not reported" if value is None else number(value) for value in row[1:])] for row in rows]
+        tables.append(Table("Mean TTFT by stage (ms)", [(name, 1) for name in head], [], shown))
     return tables
 
 
@@ -57,12 +73,40 @@ def _throughput(points: Sequence[Point]) -> Table:
     return Table("Throughput", [*head, *((name, 1) for name, _ in _THROUGHPUTS)], [], rows)
 
 
-def _latency(points: Sequence[Point]) -> Table:
+def _latency(caption: str, metrics: Sequence[tuple[str, str]], points: Sequence[Point]) -> Table:
     quantiles = ("p50", "p95", "p99")
-    rows = [
-        [point.label, *(number(_in(point.summary.get(key), q)) for _, key in _LATENCIES for q in quantiles)] for point in points
-    ]
-    return Table("Latency (ms)", [("load", 1), *((name, 3) for name, _ in _LATENCIES)], ["", *quantiles * 4], rows)
+    rows = [[point.label, *(number(_in(point.summary.get(key), q)) for _, key in metrics for q in quantiles)] for point in points]
+    return Table(caption, [("load", 1), *((name, 3) for name, _ in metrics)], ["", *quantiles * len(metrics)], rows)
+
+
+def _steady(points: Sequence[Point]) -> Table:
+    """The steady window; where there is none, words.notes says why."""
+    head = ["load", "window (s)", "requests", "requests/s", "output tokens/s per GPU", "tokens/s per user, p50"]
+    shown = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("itl_token_ms", "mean"))
+    names = ("TTFT p50", "TTFT p99", "ITL by token, mean")
+    rows = []
+    for point in points:
+        found = point.summary.get("steady")
+        if not _in(found, "found"):
+            continue
+        rows.append(
+            [
+                point.label,
+                "–".join(number(_in(found, key)) for key in ("start_s", "end_s")),
+                _count(_in(found, "completed")),
+                *(number(_in(found, key)) for key in ("request_throughput", "output_throughput_per_gpu")),
+                number(_in(_in(found, "output_throughput_per_user"), "p50")),
+                *(_bounded(found, metric, statistic) for metric, statistic in shown),
+            ]
+        )
+    return Table("Steady window, latencies in ms (95 % interval)", [(name, 1) for name in (*head, *names)], [], rows)
+
+
+def _bounded(figures: object, metric: str, statistic: str) -> str:
+    """Return a figure and its interval: ``82.7 (82.3–83.3)``; an end that is not known is three dots."""
+    ends = _in(_in(_in(figures, "intervals"), metric), statistic)
+    shown = number(_in(_in(figures, metric), statistic))
+    return f"{shown} ({'–'.join('…' if end is None else number(end) for end in ends)})" if isinstance(ends, list) else shown
 
 
 def _goodput(points: Sequence[Point]) -> Table:
@@ -73,10 +117,13 @@ def _goodput(points: Sequence[Point]) -> Table:
         good = point.summary.get("goodput")
         share = _in(good, "attainment")
         shown = f"{100 * share:.1f}" if isinstance(share, (int, float)) else number(None)
+        ends = _in(good, "attainment_interval")
+        if isinstance(ends, list):
+            shown += f" ({'–'.join(f'{100 * end:.1f}' for end in ends)})"
         rows.append(
             [point.label, _count(_in(good, "good")), _count(_in(good, "sent")), shown, number(_in(good, "request_throughput"))]
         )
-    head = [("load", 1), ("good", 1), ("sent", 1), ("share (%)", 1), ("good requests/s", 1)]
+    head = [("load", 1), ("good", 1), ("sent", 1), ("share (%, 95 % interval)", 1), ("good requests/s", 1)]
     return Table(f"Goodput: requests within {limits}", head, [], rows)
 
 

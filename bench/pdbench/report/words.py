@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from pdbench import metrics
+from pdbench import attribution, intervals, metrics, steady
 from pdbench.gate.cli import VALIDITY
 from pdbench.gate.counters import info, moved
 from pdbench.gate.rundata import Point, RunData
@@ -167,6 +167,10 @@ def notes(points: Sequence[Point], found: Verdict) -> list[str]:
     """Return what a reader must know of figures that are valid: the client's notes, and cautions of the checks."""
     labels: dict[object, str] = {point.index: point.label for point in points}
     noted = [f"{point.label}: {note}" for point in points for note in point.summary.get("notes") or []]
+    for point in points:
+        window = point.summary.get("steady")
+        if isinstance(window, dict) and not window.get("found"):
+            noted.append(f"{point.label}: no steady window, {window.get('reason')}")
     return noted + [
         f"{labels.get(check.get('point'), 'run')}: {check['evidence']['caution']}"
         for check in found.checks
@@ -185,15 +189,27 @@ def definitions() -> list[tuple[str, Markup]]:
     figures: tuple[tuple[str, Callable[..., object]], ...] = (
         ("TTFT", metrics.ttft_s),
         ("ITL", metrics.itl_s),
+        ("ITL by token", metrics.token_itl_s),
         ("TPOT", metrics.tpot_s),
         ("E2E", metrics.e2e_s),
+        ("E2E per token", metrics.normalised_s),
+        ("Tokens/s per user", metrics.user_rate),
         ("Output tokens", metrics.output_tokens),
         ("Duration", metrics.duration_s),
         ("Throughput", metrics.summarise),
         ("Goodput", metrics.goodput),
     )
     rows = [(name, _prose(inspect.getdoc(function) or "")) for name, function in figures]
-    return [*rows, ("Percentiles", _prose((inspect.getdoc(metrics) or "").split("\n\n")[-1]))]
+    last = (inspect.getdoc(metrics) or "").split("\n\n")[-1]
+    window = (inspect.getdoc(steady) or "").split("\n\n")[1].removeprefix("**Window.** ")
+    return [
+        *rows,
+        ("From schedule", _prose("from when the load model wanted the request sent, not from when it was sent")),
+        ("Percentiles", _prose(last)),
+        ("Steady window", _prose(window)),
+        ("Mean TTFT by stage", _prose((inspect.getdoc(attribution) or "").split("\n\n", 1)[-1])),
+        ("95 % intervals", _prose(intervals.IN_SHORT)),
+    ]
 
 
 def _prose(text: str) -> Markup:

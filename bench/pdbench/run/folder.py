@@ -11,6 +11,8 @@ from typing import cast
 from pdbench.load.errors import LoadError
 from pdbench.metrics import Slo
 from pdbench.records import Record, read_jsonl, write_json, write_parquet
+from pdbench.run.digest import to_record
+from pdbench.run.spool import clear, leftover
 from pdbench.run.summary import Bounds, Json, Setup, point_summary, whole_summary
 from pdbench.run.watch import UNKNOWN
 
@@ -77,8 +79,10 @@ class Folder:
         """
         records = list(read_jsonl(self.journal))
         write_parquet(self.parquet, records)
+        evidence = _read_evidence(self.evidence)
         points = [
-            point_summary(setup, number, records, clients.get(number, UNKNOWN)) for number in _reached(records, setup, clients)
+            point_summary(setup, number, records, clients.get(number, UNKNOWN), evidence.get(number))
+            for number in _reached(records, setup, clients)
         ]
         summary = whole_summary(setup, points, missing)
         write_json(self.summary, summary)
@@ -103,11 +107,32 @@ def recover(path: Path) -> tuple[Setup, Json]:
         raise LoadError(f"{path} holds no run to recover: requests.jsonl is missing")
     try:
         setup = _read_setup(folder.setup)
+        _digest_leftover(folder)
         summary = folder.finish(setup, {}, ["recovered: the run was broken off, what it had recorded is kept"])
         write_json(folder.progress, _stopped(summary))
     except ValueError as why:
         raise LoadError(f"{path} cannot be recovered: {why}") from None
     return setup, summary
+
+
+def _digest_leftover(folder: Folder) -> None:
+    known = {(record.point, record.phase, record.index) for record in read_jsonl(folder.journal)}
+    whole = folder.journal.read_bytes()
+    with folder.journal.open("r+b") as lines:
+        lines.seek(whole.rfind(b"\n") + 1)  # over the half line that a killed process leaves
+        for raw in leftover(folder.path):
+            record, _ = to_record(raw)
+            if (record.point, record.phase, record.index) not in known:
+                lines.write(record.to_line().encode())
+    clear(folder.path)
+
+
+def _read_evidence(path: Path) -> dict[int, Json]:
+    """Return the points of evidence.json by number; none where the file is not there or not whole."""
+    try:
+        return {entry["point"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["points"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _read_setup(path: Path) -> Setup:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import orjson
+
 from pdbench.records import NOT_REPORTED
 from pdbench.run.sse import Event
 
@@ -57,14 +59,19 @@ def read_reply(api: str, stream: Sequence[Event]) -> Reply:
     """
     reply = Reply()
     take = _take_generate if api == "generate" else _take_openai
+    like: tuple[bytes, bytes] | None = None
     for event in stream:
+        if like is not None and (text := _between(event, *like)):
+            reply.text += text
+            reply.output(event, NOT_REPORTED)
+            continue
         if event.data.strip() == b"[DONE]":
             reply.done = True
             continue
         if not event.whole:
             break
         try:
-            message = json.loads(event.data)
+            message = _parse(event.data)
         except ValueError:
             reply.error = f"an event that is no JSON: {_short(event.data)}"
             break
@@ -75,7 +82,10 @@ def read_reply(api: str, stream: Sequence[Event]) -> Reply:
             reply.error = f"error event: {error_text(message)}"
             break
         try:
+            before = len(reply.text)
             take(reply, event, message)
+            if take is _take_openai and like is None and not event.name:
+                like = _around(event.data, reply.text[before:])
         except (TypeError, KeyError, ValueError, AttributeError, IndexError):
             reply.error = f"an event of unknown shape: {_short(event.data)}"
             break
@@ -84,6 +94,45 @@ def read_reply(api: str, stream: Sequence[Event]) -> Reply:
     if not reply.error and reply.finish_reason in ("abort", "error"):
         reply.error = f"the server ended the answer with finish_reason {reply.finish_reason}"
     return reply
+
+
+def _around(data: bytes, text: str) -> tuple[bytes, bytes] | None:
+    """Return what stands before and behind the text of an event that says nothing else, for `_between`.
+
+    Most events of an answer differ in their text alone, and need no parser then. None where that is not certain.
+    """
+    quoted = b'"' + text.encode("utf-8", "replace") + b'"'
+    if not text or not text.isascii() or not text.isprintable() or data.count(quoted) != 1:
+        return None
+    before, _, behind = data.partition(quoted)
+    around = (before + b'"', b'"' + behind)
+    mark, silent = "~pd~", Reply()
+    event = Event(mark.encode().join(around), 0.0, 0)
+    _take_openai(silent, event, cast(Json, _parse(event.data)))
+    alone = silent.text == mark and silent.uncounted and not silent.finish_reason
+    return around if alone and silent.prompt_tokens == silent.cached_tokens == NOT_REPORTED else None
+
+
+def _between(event: Event, before: bytes, behind: bytes) -> str:
+    """Return the text of an event that is made like another one but for its text; "" when it is not for certain."""
+    data = event.data
+    if event.name or not data.startswith(before) or not data.endswith(behind):
+        return ""
+    text = data[len(before) : -len(behind)]
+    # What is escaped, ends the string early or is no character is for the parser.
+    if b'"' in text or b"\\" in text or len(data) <= len(before) + len(behind) or not event.whole:
+        return ""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _parse(data: bytes) -> object:
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        return json.loads(data)  # takes half a surrogate pair and NaN, too
 
 
 def error_text(message: object) -> str:

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from time import perf_counter
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from pdbench.evidence import Deployment, Evidence, write_metrics
+from pdbench.enough import Target as Goal
+from pdbench.enough import Verdict, enough, next_look
 from pdbench.load.prompts import Prompts
 from pdbench.load.requests import Load
-from pdbench.records import MEASURE, WARMUP, Record, read_jsonl, write_json
-from pdbench.run import digest
+from pdbench.records import MEASURE, WARMUP, read_jsonl, write_json
 from pdbench.run.asks import PATHS, ask, prompt_of
-from pdbench.run.client import Client, Exchange
+from pdbench.run.bodies import Bodies, Target
+from pdbench.run.crew import Crew
+from pdbench.run.digest import to_record
+from pdbench.run.digester import Totals
+from pdbench.run.exchange import Endpoint
 from pdbench.run.folder import Folder
-from pdbench.run.point import OPEN_WARMUP_SLOTS, Bodies, Sender, Target, run_point, until
+from pdbench.run.point import OPEN_WARMUP_SLOTS, run_point, until
 from pdbench.run.progress import Progress
 from pdbench.run.summary import Json, Setup, output_of
 from pdbench.run.table import load_name, render
-from pdbench.run.verify import Verifier
 from pdbench.run.watch import Watch, delivered_closed, delivered_open
 
+if TYPE_CHECKING:
+    from pdbench.evidence import Deployment, Evidence
+
 _VALID, _INVALID = 0, 3
+#: seconds between looks at how far a point is
+_LOOK_S = 0.5
 
 
 class CannotMeasureError(Exception):
@@ -49,6 +58,9 @@ class Plan:
     headers: Mapping[str, str]
     deployment: Deployment | None
     scrape_every_s: float
+    processes: int = 1
+    until: tuple[Goal, ...] = ()
+    max_time_s: float = math.inf
 
 
 class Session:
@@ -64,6 +76,7 @@ class Session:
         self._watches: dict[int, Watch] = {}
         self._evidence: list[Json] = []
         self._verified: Json = {}
+        self._ended_early: dict[int, str] = {}
         self._progress = Progress(folder.progress, len(plan.loads))
 
     async def run(self) -> int:
@@ -71,17 +84,18 @@ class Session:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
-        client = Client(self._plan.url, self._plan.headers, self._plan.timeout_s)
-        # Spawned, not forked: a fork of a process with threads and an event loop can hang.
-        pool = ProcessPoolExecutor(1, get_context("spawn"), digest.start, (self._folder.journal,))
+        plan = self._plan
+        endpoint = Endpoint(plan.url, PATHS[plan.target.api], plan.headers, plan.timeout_s)
+        crew = Crew(self._folder.path, endpoint, plan.processes, fault=self._broken, progress=self._ended, failed=self._failed)
         try:
-            target = await self._probe(client)
+            target = await self._probe(crew)
             self._plan = replace(self._plan, target=target, setup=replace(self._plan.setup, prompt=target.prompt))
             self._folder.begin(self._plan.setup)
+            crew.begin(self._folder.journal)
             keeper = asyncio.create_task(self._progress.keep())
             keeper.add_done_callback(self._kept)
             try:
-                await self._points(client, pool)
+                await self._points(crew)
             finally:
                 keeper.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
@@ -93,51 +107,40 @@ class Session:
                 self._progress.write()
             raise
         finally:
-            await client.close()
-            pool.shutdown(cancel_futures=True)
+            await crew.close()
 
-    async def _probe(self, client: Client) -> Target:
+    async def _probe(self, crew: Crew) -> Target:
         """Send one small request: is there a server, does it take our key, does it take token ids?"""
         target = self._plan.target
         kinds = {"auto": ("text",) if target.api == "chat" else ("tokens", "text")}.get(target.prompt, (target.prompt,))
         for kind in kinds:
             prompt = prompt_of(self._plan.prompts, kind, "probe", 0, 4)
-            exchange = Exchange()
-            posting = asyncio.create_task(
-                client.post(PATHS[target.api], ask(target.api, kind, target.model, prompt, 1), exchange)
-            )
+            asking = asyncio.create_task(crew.ask(target.api, ask(target.api, kind, target.model, prompt, 1)))
             stopping = asyncio.create_task(self._stop.wait())
-            await asyncio.wait({posting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
-            if not posting.done():
-                posting.cancel()
+            if not asking.done():
+                asking.cancel()
                 raise CannotMeasureError("stopped before the first request was answered")
-            raw = digest.Raw(
-                Record(0, 0, WARMUP, 4, 1),
-                0.0,
-                target.api,
-                exchange.status,
-                exchange.content_type,
-                exchange.reads,
-                exchange.error,
-            )
-            record, _ = digest.to_record(raw)
+            raw = await asking
+            record, _ = to_record(raw)
             if record.ok:
                 if kind != kinds[0]:
                     print("pdbench: the server takes no token ids here; prompts are text, lengths are words", file=sys.stderr)
                 return replace(target, prompt=kind)
             # sglang-router 0.3.2 answers token ids on /v1/completions with 422.
-            if exchange.status not in (400, 422):
+            if raw.status not in (400, 422):
                 break
         hint = {401: " (--api-key-file?)", 403: " (--api-key-file?)", 404: " (--api, --model?)"}.get(record.status, "")
         where = self._plan.url + PATHS[target.api]
         raise CannotMeasureError(f"{where} did not answer the first request: {record.error}{hint}")
 
-    async def _points(self, client: Client, pool: Executor) -> None:
+    async def _points(self, crew: Crew) -> None:
         evidence = None
         if self._plan.deployment is not None:
-            evidence = Evidence(self._plan.deployment, self._plan.headers, pool)
-        sender = Sender(client, self._plan.target, pool, self._progress, self._broken)
+            from pdbench.evidence import Evidence  # aiohttp takes a quarter of a second to import
+
+            evidence = Evidence(self._plan.deployment, self._plan.headers, ThreadPoolExecutor(1))
         serial = 1
         try:
             verify = evidence is not None and self._plan.setup.verify_outputs > 0
@@ -156,12 +159,16 @@ class Session:
                     return
                 start = perf_counter()
                 self._watches[number] = watch = Watch()
-                work = run_point(sender, client, self._progress, number, load, warmups, bodies, start, watch)
+                look = None
+                if self._plan.until or self._plan.max_time_s < math.inf:
+                    look = partial(self._look, number, load.concurrency)
+                warm = partial(self._warm, evidence, start) if evidence is not None and warmups else None
+                api = self._plan.target.api
+                work = run_point(crew, self._progress, number, api, load, warmups, bodies, start, watch, warm, look)
                 if not await self._watched(evidence, number, reset, start, work):
                     return
             self._complete = True
         finally:
-            await sender.digested()
             if evidence is not None:
                 await evidence.close()
 
@@ -173,6 +180,8 @@ class Session:
             self._verified = {"prompts": count, "reason": reason, "pairs": []}
             return
         self._progress.phase("warmup", 1, len(deployment.pairs) * count, f"{count} prompts over every pair are verified")
+        from pdbench.run.verify import Verifier
+
         verifier = Verifier(deployment, self._plan.headers, self._plan.timeout_s)
         try:
             await evidence.reset({})
@@ -204,8 +213,39 @@ class Session:
             entry["after"] = await evidence.snapshot(perf_counter() - start)
             if self._fault is None:
                 verified = {"verify": self._verified} if self._verified else {}
+                from pdbench.evidence import write_metrics
+
                 write_json(self._folder.evidence, {"schema": 1, **verified, "points": self._evidence})
                 write_metrics(self._folder.server_metrics, evidence.rows)
+
+    async def _warm(self, evidence: Evidence, start: float) -> None:
+        """Ask the servers between warm-up and measurement, so that their timers can be told apart."""
+        self._evidence[-1]["begin"] = await evidence.snapshot(perf_counter() - start)
+
+    async def _look(self, number: int, slots: int | None) -> None:
+        """Return when the measured phase of a point has lasted long enough, or what was wanted is known well enough."""
+        began, at = perf_counter(), next_look(0)
+        while (spent := perf_counter() - began) < self._plan.max_time_s:
+            await asyncio.sleep(min(_LOOK_S, self._plan.max_time_s - spent))
+            if self._plan.until and self._progress.done >= at:
+                at = next_look(self._progress.done)
+                verdict = await asyncio.to_thread(self._judge, number, slots)
+                print(f"pdbench: {verdict.message}", file=sys.stderr, flush=True)
+                if verdict.done:
+                    self._ended_early[number] = f"known well enough: {verdict.message}"
+                    return
+        self._ended_early[number] = f"after {self._plan.max_time_s:g} s"
+
+    def _judge(self, number: int, slots: int | None) -> Verdict:
+        records = [r for r in read_jsonl(self._folder.journal) if r.point == number and r.phase == MEASURE]
+        return enough(records, self._plan.until, slots)
+
+    def _as_sent(self) -> Setup:
+        """Return what was asked for, with fewer requests where a point was ended early."""
+        points = [dict(point) for point in self._plan.setup.points]
+        for number, why in self._ended_early.items():
+            points[number] |= {"num_requests": len(self._watches[number].spans), "ended_early": why}
+        return replace(self._plan.setup, points=points)
 
     def _finish(self) -> int:
         if self._fault is not None:
@@ -213,7 +253,7 @@ class Session:
         missing = []
         if not self._complete:
             missing = [f"stopped: {len(self._watches)} of {len(self._plan.loads)} load points were begun"]
-        summary = self._folder.finish(self._plan.setup, self._clients(), missing)
+        summary = self._folder.finish(self._as_sent(), self._clients(), missing)
         self._progress.state = "done" if self._complete else "stopped"
         self._progress.write()
         print(render(cast(list[Json], summary["points"])))
@@ -229,6 +269,14 @@ class Session:
             delivered = delivered_open(watch.spans) if slots is None else delivered_closed(watch.spans, slots)
             found[number] = watch.report(*output_of(records, number), delivered)
         return found
+
+    def _ended(self, count: int) -> None:
+        self._progress.done = count
+
+    def _failed(self, totals: Totals) -> None:
+        self._progress.failed = totals.failed
+        for error in totals.errors:
+            print(f"pdbench: a request failed: {error}", file=sys.stderr, flush=True)
 
     def _kept(self, keeper: asyncio.Task[None]) -> None:
         if not keeper.cancelled() and (why := keeper.exception()) is not None:

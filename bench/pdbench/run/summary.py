@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from pdbench import steady
+from pdbench.attribution import attribute
 from pdbench.metrics import Slo, Stats, output_tokens, summarise
 from pdbench.records import MEASURE, NOT_REPORTED, Record
 
 SCHEMA = 1
+#: tokens an event up to which it counts as holding one: a character can take two tokens
+_ONE_TOKEN = 1.05
 Json = dict[str, object]
 
 
@@ -40,22 +44,44 @@ class Setup:
     verify_outputs: int = 0
 
 
-def point_summary(setup: Setup, number: int, records: Sequence[Record], client: Mapping[str, object]) -> Json:
-    """Return one entry of ``points``: what was asked, what came of it, whether to believe it."""
+def point_summary(
+    setup: Setup,
+    number: int,
+    records: Sequence[Record],
+    client: Mapping[str, object],
+    evidence: Mapping[str, object] | None = None,
+) -> Json:
+    """Return one entry of ``points``: what was asked, what came of it, whether to believe it.
+
+    ``evidence`` is the point's entry in evidence.json, where there is one.
+    """
     asked = setup.points[number]
     measured = [r for r in records if r.point == number and r.phase == MEASURE]
-    reasons = find_faults(setup, cast(int, asked["num_requests"]), measured, client)
+    reasons = find_faults(setup, asked, measured, client)
+    slots = cast("int | None", asked["concurrency"])
+    saturation = None if slots is not None else steady.saturation(measured) if _even(asked) else dict(_UNEVEN)
     return {
         "point": number,
         **asked,
         "ratio": setup.ratio,
         "gpus": setup.gpus,
         **summarise(measured, setup.gpus, setup.slo),
+        "steady": steady.summarise(measured, slots, setup.gpus),
+        "saturation": saturation,
+        "attribution": attribute(evidence or {}, [r for r in records if r.point == number]),
         "valid": not reasons,
         "invalid_reasons": reasons,
-        "notes": find_notes(client),
+        "notes": [*find_notes(client), *_saturated(saturation), *_uncounted(measured, client)],
         "client": dict(client),
     }
+
+
+#: ``saturation`` of a trace or a ramp: what is in flight grows with the rate, too
+_UNEVEN: Json = {"oversaturated": None, "reason": "the rate of sending changes by itself"}
+
+
+def _even(asked: Json) -> bool:
+    return asked.get("request_rate") is not None and asked.get("request_rate_to") is None
 
 
 def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str]) -> Json:
@@ -84,10 +110,17 @@ def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str]) 
     }
 
 
-def find_faults(setup: Setup, asked: int, measured: Sequence[Record], client: Mapping[str, object]) -> list[str]:
+def find_faults(setup: Setup, asked: Json, measured: Sequence[Record], client: Mapping[str, object]) -> list[str]:
     """Return every reason why the figures of a point are not to be believed, as far as the client can see."""
     good = [r for r in measured if r.ok]
-    return [*_missing(asked, measured), *_wrong(setup, good), *_slow_client(setup.bounds, client)]
+    # Where prompts are to begin alike, a prefix cache rightly answers for some of them.
+    cached = [] if asked.get("shared_prefix") else _cached(setup, good)
+    return [
+        *_missing(cast(int, asked["num_requests"]), measured),
+        *_wrong(setup, good),
+        *cached,
+        *_slow_client(setup.bounds, client),
+    ]
 
 
 def _missing(asked: int, measured: Sequence[Record]) -> list[str]:
@@ -124,7 +157,7 @@ def _wrong(setup: Setup, good: Sequence[Record]) -> list[str]:
     unordered = sum(not r.sent_s < r.first_s <= r.end_s or r.chunk_s != sorted(r.chunk_s) for r in good)
     if unordered:
         found.append(f"{unordered} of {len(good)} requests have times out of order (first token not after sending)")
-    return [*found, *_cached(setup, good)]
+    return found
 
 
 def _cached(setup: Setup, good: Sequence[Record]) -> list[str]:
@@ -145,7 +178,7 @@ def _cached(setup: Setup, good: Sequence[Record]) -> list[str]:
 def _slow_client(bounds: Bounds, client: Mapping[str, object]) -> list[str]:
     found = []
     for key, limit, what in (
-        ("loop_lag_ms", bounds.loop_lag_ms, "event loop lagged"),
+        ("loop_lag_ms", bounds.loop_lag_ms, "reading lagged behind what arrived"),
         ("send_lateness_ms", bounds.lateness_ms, "requests were sent late"),
     ):
         p99 = cast(Stats, client[key])["p99"]
@@ -164,11 +197,34 @@ def find_notes(client: Mapping[str, object]) -> list[str]:
     notes = []
     per_event = cast("float | None", client["tokens_per_event"])
     per_read = cast("float | None", client["events_per_read"])
-    if per_event is not None and per_event > 1.05:
-        notes.append(f"one event holds {per_event:.1f} output tokens on average: ITL is the gap between events, not tokens")
+    if per_event is not None and per_event > _ONE_TOKEN:
+        notes.append(
+            f"one event holds {per_event:.1f} output tokens on average (tokens per event > 1): "
+            "itl_ms is the gap between events, itl_token_ms that between tokens"
+        )
     if per_read is not None and per_read > 1.2:
         notes.append(f"one read holds {per_read:.1f} events on average: they came together, and ITL has gaps of 0 in it")
     return notes
+
+
+def _saturated(saturation: Json | None) -> list[str]:
+    if not saturation or not saturation["oversaturated"]:
+        return []
+    growth, rate = (cast(float, saturation[key]) for key in ("backlog_growth", "sent_rate"))
+    return [
+        f"over-saturated: of {rate:.3g} requests sent each second, {growth:.2g} were left over, "
+        "so latencies depend on how long it ran and say nothing of the servers; throughput is the most they give"
+    ]
+
+
+def _uncounted(measured: Sequence[Record], client: Mapping[str, object]) -> list[str]:
+    # With one token an event there is nothing to spread.
+    if (cast("float | None", client["tokens_per_event"]) or 0) <= _ONE_TOKEN:
+        return []
+    silent = sum(r.ok and len(r.chunk_tokens) != len(r.chunk_s) for r in measured)
+    if not silent:
+        return []
+    return [f"of {silent} answers the server counted no tokens by event: itl_token_ms takes them as spread evenly over events"]
 
 
 def output_of(records: Sequence[Record], number: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -49,8 +50,20 @@ class Job:
         except (OSError, ValueError):
             return {}
 
-    def start(self, argv: Sequence[str], plan: Mapping[str, Any], trace: str, api_key: Optional[str], needed_mb: int) -> None:
-        """Write the run's inputs and start it; ``trace``: base64 of the trace file, "" without one."""
+    def start(
+        self,
+        argv: Sequence[str],
+        plan: Mapping[str, Any],
+        files: Mapping[str, str],
+        api_key: Optional[str],
+        needed_mb: int,
+        selfcheck: Sequence[str] = (),
+    ) -> None:
+        """Write the run's inputs and start it.
+
+        ``files``: contents in base64 by their name in the run's folder. ``selfcheck``: a command that goes first, whatever comes of it
+        (the gate judges that); none when empty.
+        """
         claim(self.state_dir, shared=bool(self.user))
         if self.user:
             accounts.ensure(self.user)
@@ -62,17 +75,18 @@ class Job:
             )
         self.folder.mkdir(parents=True)
         write(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n", 0o600)
-        if trace:
-            (self.folder / "trace.jsonl").write_bytes(base64.b64decode(trace))
+        for name, content in files.items():
+            (self.folder / name).write_bytes(base64.b64decode(content))
         if api_key:
             write(Path(self.state_dir) / KEY_FILE, api_key, 0o600)
             if self.user:
                 accounts.own(Path(self.state_dir) / KEY_FILE, self.user)
-        command = [item.replace("{dir}", str(self.folder)) for item in argv]
+        checking, command = ([item.replace("{dir}", str(self.folder)) for item in words] for words in (selfcheck, argv))
         marked = processes.work_dir(self.state_dir, f"bench-{self.run_id}")
         Path(marked).mkdir(parents=True, exist_ok=True)
         # The shell outlives the load generator to keep its exit code, whatever becomes of Ansible.
-        script = ["/bin/sh", "-c", 'log=$1; code=$2; shift 2; "$@" >"$log" 2>&1; echo $? >"$code"', "run"]
+        first = f'{shlex.join(checking)} >"$log" 2>&1; ' if checking else ""
+        script = ["/bin/sh", "-c", f'log=$1; code=$2; shift 2; {first}"$@" >>"$log" 2>&1; echo $? >"$code"', "run"]
         words = [*script, str(self.folder / "run.log"), str(self.folder / "exit_code"), *command]
         if not self.user:
             quiet: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -84,6 +98,8 @@ class Job:
         service = ["systemd-run", "--quiet", "--collect", f"--unit=pd-bench-{self.run_id}", f"--uid={self.user}"]
         service += [f"--description=PD load generator, run {self.run_id}"]
         service += [f"--working-directory={marked}", "--property=NoNewPrivileges=yes", "--property=LimitNOFILE=1048576"]
+        # The sending processes give themselves priority: what they do late, they measure wrong.
+        service += ["--property=LimitNICE=-10"]
         done = subprocess.run([*service, "--", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise UserError(f"the load generator does not start: {done.stderr.strip() or done.stdout.strip()}")
@@ -137,8 +153,10 @@ class Job:
         shutil.rmtree(processes.work_dir(self.state_dir, f"bench-{self.run_id}"), ignore_errors=True)
 
 
-def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Forget who owns the file here: on the controller it belongs to whoever fetches it."""
+def _nobodys(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
+    """Forget who owns the file here: on the controller it belongs to whoever fetches it. What came from there stays behind."""
+    if Path(member.name).name in ("dataset.jsonl", "tokenizer.json"):
+        return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member

@@ -8,14 +8,21 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
+from . import bench_load
 from .errors import UserError
 from .units import KEY_FILE
 
 Json = Dict[str, Any]
 #: Virtualenv of the load generator on the client host.
 VENV = "pdbench"
+#: Seconds of load in the selfcheck before a run; starting and ending it takes as long again.
+SELFCHECK_S = 2
+#: Requests in flight where nothing says how many there will be.
+_SOME_SLOTS = 32
 #: Bytes that one request's record may take on disk, per output token and per request.
 _BYTES_PER_TOKEN, _BYTES_PER_REQUEST = 64, 2000
+#: Bytes of a request's body per token of the prompt.
+_BYTES_PER_PROMPT_TOKEN = 6
 
 
 def run_id(plan: Mapping[str, Any], label: str, now: float) -> str:
@@ -25,32 +32,30 @@ def run_id(plan: Mapping[str, Any], label: str, now: float) -> str:
     return "-".join(part for part in (stamp, plan["ratio"], words) if part)
 
 
-def _longest(span: str) -> int:
-    return int(span.split("-")[-1])
-
-
-def load_arguments(cluster: Mapping[str, Any], trace: str) -> List[str]:
-    """Return `pdbench run`'s arguments for the load; ``trace``: the trace file's path on the client, "" without one."""
-    items: List[str] = ["--api", cluster["bench_api"], "--num-requests", str(cluster["bench_num_requests"])]
-    if cluster["bench_request_rate"]:
-        rates = ",".join(str(rate) for rate in cluster["bench_request_rate"])
-        items += ["--request-rate", rates, "--arrival", cluster["bench_arrival"]]
-    else:
-        items += ["--concurrency", ",".join(str(number) for number in cluster["bench_concurrency"])]
-    if trace:
-        items += ["--trace", trace, "--length-scale", str(cluster["bench_length_scale"])]
-        for flag, name in (("--max-isl", "bench_max_input_len"), ("--max-osl", "bench_max_output_len")):
-            items += [flag, str(cluster[name])] if cluster[name] else []
-    else:
-        items += ["--isl", cluster["bench_input_len"], "--osl", cluster["bench_output_len"]]
-    if cluster["bench_warmup"] is not None:
-        items += ["--warmup", str(cluster["bench_warmup"])]
+def arguments(cluster: Mapping[str, Any], files: Mapping[str, str]) -> List[str]:
+    """Return `pdbench run`'s arguments for what is sent and how it is judged; ``files``: as `bench_load.files` has them."""
+    items: List[str] = ["--api", cluster["bench_api"], *bench_load.arguments(cluster, files)]
     if cluster["bench_verify_outputs"]:
         items += ["--verify-outputs", str(cluster["bench_verify_outputs"])]
-    items += ["--seed", str(cluster["bench_seed"]), "--timeout", str(cluster["bench_timeout"])]
+    items += ["--timeout", str(cluster["bench_timeout"])]
     for flag, name in (("ttft", "bench_slo_ttft_ms"), ("tpot", "bench_slo_tpot_ms"), ("e2e", "bench_slo_e2e_ms")):
         items += [f"--slo-{flag}-ms", str(cluster[name])] if cluster[name] is not None else []
     return items
+
+
+def selfcheck_arguments(cluster: Mapping[str, Any]) -> List[str]:
+    """Return `pdbench selfcheck`'s arguments: as many requests in flight, and answers as long, as the run will have at most.
+
+    In an open loop that many are in flight by Little's law if answers come as fast as the selfcheck's own (50 ms, then 20 ms
+    a token).
+    """
+    _, tokens = bench_load.tokens(cluster)
+    found = bench_load.points(cluster)
+    rate = max((point.rate for point in found if point.rate is not None), default=0.0)
+    flying = max(
+        math.ceil(rate * (0.05 + 0.02 * tokens)), *(point.concurrency or (1 if point.rate else _SOME_SLOTS) for point in found)
+    )
+    return ["--concurrency", str(flying), "--osl", str(tokens), "--seconds", str(SELFCHECK_S)]
 
 
 def client(cluster: Mapping[str, Any], name: str, hosts: Mapping[str, Any], root: str) -> Json:
@@ -75,37 +80,30 @@ def make(
     root: str,
     now: float,
 ) -> Json:
-    """Return the run: ``client``, ``argv`` ({dir} stands for its folder there), ``needed_mb``, ``install`` and more."""
+    """Return the run: ``client``, ``argv`` and ``selfcheck`` ({dir} stands for its folder there), ``needed_mb``, ``install`` and more."""
     if not clients:
         raise UserError("bench_clients is empty: name the host that sends the load in that group of the inventory")
     where = client(cluster, clients[0], hosts, root)
-    for rate in cluster["bench_request_rate"] or []:
-        try:
-            good = 0 < float(rate) < math.inf
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            raise UserError(f"bench_request_rate={rate!r}: expected numbers above 0, such as 4 or 4,8,16 (requests a second)")
-    trace = cluster["bench_trace"] or ""
-    if trace:
-        path = Path(trace) if Path(trace).is_absolute() else Path(root) / trace
-        if not path.is_file():
-            raise UserError(f"bench_trace={trace}: there is no such file on the controller")
-        trace = str(path)
-    points = len(cluster["bench_request_rate"] or cluster["bench_concurrency"])
-    tokens = cluster["bench_max_output_len"] or (1000 if trace else _longest(cluster["bench_output_len"]))
-    needed = points * cluster["bench_num_requests"] * (_BYTES_PER_REQUEST + tokens * _BYTES_PER_TOKEN)
+    files = bench_load.files(cluster, root)
+    prompt, answer = bench_load.tokens(cluster)
+    counts = [point.requests for point in bench_load.points(cluster)]
+    # Records stay, the prompts of a load point go with it.
+    needed = sum(counts) * (_BYTES_PER_REQUEST + answer * _BYTES_PER_TOKEN) + max(counts) * prompt * _BYTES_PER_PROMPT_TOKEN
     argv = [where["python"], "-m", "pdbench", "run", "--url", plan["router"]["url"]]
-    argv += ["--model", plan["served_model_name"], *load_arguments(cluster, "{dir}/trace.jsonl" if trace else "")]
+    argv += ["--model", plan["served_model_name"], *arguments(cluster, files)]
     argv += ["--plan", "{dir}/plan.json", "--output", "{dir}"]
+    check = [where["python"], "-m", "pdbench", "selfcheck", *selfcheck_arguments(cluster), "--json", "{dir}/selfcheck.json"]
     if plan["api_key"]:
         argv += ["--api-key-file", f"{where['state_dir']}/{KEY_FILE}"]
+    tokenizer = ["no-deps:requirements/tokenizer.txt"] if cluster["bench_tokenizer"] else []
     return {
         **where,
         "run_id": run_id(plan, cluster["run_label"], now),
         "argv": argv,
-        "trace": trace,
+        "selfcheck": check if cluster["bench_selfcheck"] else [],
+        "files": files,
+        "load": cluster["bench_load"],
         "needed_mb": cluster["bench_min_free_mb"] + needed // 1_000_000,
-        "install": [{"name": VENV, "requirements": ["requirements/pdbench.txt", "pdbench"]}],
+        "install": [{"name": VENV, "requirements": ["requirements/pdbench.txt", *tokenizer, "pdbench"]}],
         "max_error_rate": cluster["bench_max_error_rate"],
     }

@@ -27,11 +27,16 @@ _PACKAGES = re.compile(
 )
 #: Kinds of lines in the log of a unit; of each the last one is kept.
 _LINES = {
-    "kv": re.compile(r"Failed to get kvcache|KVTransferError|KV transfer to \S+ failed|Failed to send kv ", re.IGNORECASE),
+    "kv": re.compile(
+        r"Failed to get kvcache|KVTransferError|KV transfer to \S+ failed|Failed to send kv |Could not fetch prefill parallel info",
+        re.IGNORECASE,
+    ),
     "tcp": re.compile(r"Using TCP transport|MC_FORCE_TCP is set, using TCP"),
     "slow_down": re.compile(r"(?:GET|POST) /slow_down"),
     "oom": re.compile(r"CUDA out of memory|OutOfMemoryError|Not enough memory\. Please try"),
 }
+#: What SGLang gives as the reason for every request that a side gave up: it does not take the place of a line that says why.
+_GIVEN_UP = "Aborted by AbortReq."
 _STARTED, _ENDED = "Profiling starts", "Profiling done"
 _ANY = "|".join([*(f"(?i:{pattern.pattern})" for pattern in _LINES.values()), _STARTED, _ENDED])
 _LOG_LINES = 25
@@ -289,7 +294,7 @@ def log_marks(log: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     for line in log.splitlines():
         for kind, pattern in _LINES.items():
-            if pattern.search(line):
+            if pattern.search(line) and not (kind in found and _GIVEN_UP in line):
                 found[kind] = line.strip()[:240]
         if _STARTED in line:
             found["profile"] = line.strip()[:240]

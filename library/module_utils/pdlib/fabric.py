@@ -261,8 +261,8 @@ def _common_rdma(one: Link, other: Link) -> bool:
 
 
 def over_nvlink(backend: str, prefill: str, decode: str, env: Mapping[str, str]) -> bool:
-    """Whether Mooncake was told to use NVLink between the GPUs of a host (it asks only whether the variable is there)."""
-    return backend == "mooncake" and prefill == decode and "MC_INTRANODE_NVLINK" in env
+    """Whether Mooncake was told to use NVLink, in a host or between hosts (it asks only whether the variable is there)."""
+    return backend == "mooncake" and ("MC_FORCE_MNNVL" in env or (prefill == decode and "MC_INTRANODE_NVLINK" in env))
 
 
 def forces_tcp(
@@ -293,8 +293,12 @@ def expected_transport(
         return "hccs"
     if backend == "mooncake_tcp" or on_cpu:
         return "tcp"
-    if (backend == "nixl" and prefill == decode) or over_nvlink(backend, prefill, decode, env):
+    ucx = env.get("SGLANG_DISAGGREGATION_NIXL_BACKEND", "UCX") == "UCX"
+    if (backend == "nixl" and ucx and prefill == decode) or over_nvlink(backend, prefill, decode, env):
         return "cuda_ipc"
+    if backend == "mooncake" and env.get("MOONCAKE_PROTOCOL", "rdma") != "rdma":
+        # EFA is RDMA by a protocol of its own, which our facts know no fabric of.
+        return "rdma" if env["MOONCAKE_PROTOCOL"] == "efa" else "tcp"
     return "rdma" if _common_rdma(links[prefill], links[decode]) else "tcp"
 
 
@@ -360,12 +364,14 @@ def settings_for(host: str, link: Link, use: Use) -> List[Setting]:
         found.append(Setting("NVSHMEM_HCA_LIST", ",".join(plain), f"expert parallelism: {mask}"))
         if gid is not None:
             found.append(Setting("NVSHMEM_IB_GID_INDEX", str(gid), link.reasons.get("gid_index", "")))
-    if use.nodes > 1 and link.devices:
-        found.append(Setting("NCCL_IB_HCA", "=" + ",".join(link.with_ports()), f"{use.nodes} hosts a worker: {mask}"))
-        if gid is not None:
+    # NCCL opens every card that it is not kept from, also where all its GPUs are in one host.
+    nccl = f"{use.nodes} hosts a worker" if use.nodes > 1 else f"{len(use.gpus)} GPUs a worker" if len(use.gpus) > 1 else ""
+    if nccl and link.devices:
+        found.append(Setting("NCCL_IB_HCA", "=" + ",".join(link.with_ports()), f"{nccl}: {mask}"))
+        if gid is not None and use.nodes > 1:
             found.append(Setting("NCCL_IB_GID_INDEX", str(gid), link.reasons.get("gid_index", "")))
-    elif use.nodes > 1 and link.masked:
-        found.append(Setting("NCCL_IB_DISABLE", "1", f"{use.nodes} hosts a worker{masked}, and none is left"))
+    elif nccl and link.masked:
+        found.append(Setting("NCCL_IB_DISABLE", "1", f"{nccl}{masked}, and none is left"))
     _check_own(host, use)
     return [Setting(s.name, use.own[s.name], "set by engine_env") if s.name in use.own else s for s in found]
 

@@ -15,6 +15,8 @@ from .errors import UserError, did_you_mean
 
 _FOLDER = Path(__file__).with_name("flags")
 _ROUTERS = _FOLDER / "routers"
+#: Names a file of more flags on the host: what the plan sets, and what both ends must have alike, could not be checked.
+_FILE_OF_FLAGS = "config"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def canonical(table: FlagTable, args: Mapping[str, Any], where: str, owned: Mapp
         if name not in table.flags:
             hint = _elsewhere(table, name) or did_you_mean(name, [*table.flags, *table.aliases])
             raise UserError(f"{where}: {table.engine} {table.version} has no flag {given}{hint}")
+        if name == _FILE_OF_FLAGS:
+            raise UserError(f"{where}: {given} names a file of flags, which is not checked; write its flags here instead")
         if value is not None:
             _check_value(name, value, table.flags[name], where)
         result[name] = value

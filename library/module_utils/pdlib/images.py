@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
-from . import accounts, processes
+from . import accounts, processes, transfer
 from .containers import call, last_line, note
 from .errors import UserError
 from .managers import tail, write
@@ -40,6 +40,7 @@ for file in ("version.py", "_version.py"):
         found = re.search(r"^_*version_* *(?:: *str)? *= *.*?[\"']([^\"']+)[\"']", path.read_text(), re.M) if path.exists() else None
         version = version or (found[1] if found else "")
 print(version or "unknown")
+print(*{d.metadata["Name"] or "" for d in m.distributions()})
 """
 
 
@@ -48,8 +49,12 @@ def same_release(found: str, wanted: str) -> bool:
     return bool(re.fullmatch(re.escape(wanted) + r"(?:\.post\d+|\.dev\d+)?(?:\+.*)?", found))
 
 
-def check_existing(home: Mapping[str, Any], user: str) -> None:
-    """Refuse a Python that is not there, cannot be run by the services' user, or has not the engine in the wanted version."""
+def check_existing(home: Mapping[str, Any], user: str) -> str:
+    """Refuse a Python that is not there, cannot be run by the services' user, or has not the engine in the wanted version.
+
+    Refuse two builds of Mooncake, too: they are files of one name, and which of them are there is chance. Return a warning for
+    two builds of NIXL ("" for none): its shim takes the one that fits torch.
+    """
     python, engine, wanted = home["python"], home["package"], home["version"]
     if not Path(python).exists():
         raise UserError(f"engine_python={python}: there is no such Python on the host (runtime: existing)")
@@ -63,7 +68,7 @@ def check_existing(home: Mapping[str, Any], user: str) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         who = f" as {run_as}" if run_as else ""
         raise UserError(f"engine_python={python} does not run{who}: {error}") from None
-    found = done.stdout.strip()
+    found, _, names = done.stdout.strip().partition("\n")
     if done.returncode or not found:
         if "no module" in done.stderr:
             raise UserError(
@@ -76,6 +81,10 @@ def check_existing(home: Mapping[str, Any], user: str) -> None:
             f"engine_python={python} has {engine} {found}, and engine_version is {wanted}: set engine_version to what is there, "
             "or name another Python"
         )
+    several = transfer.doubled(names.split())
+    if "mooncake" in several:
+        raise UserError(transfer.doubled_message(python, several))
+    return transfer.doubled_message(python, several)
 
 
 class Image:
@@ -207,7 +216,7 @@ def step(
     """
     outcome = Outcome(done=True)
     if home["kind"] == "existing":
-        check_existing(home, user)
+        outcome.message = check_existing(home, user)
         return outcome
     image = Image(home, state_dir, archive)
     root = "" if resumed else image.check_client(home["gpus"])

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, flags, provision, routers, runtimes
+from . import engines, flags, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
@@ -71,6 +71,8 @@ class Planner:
         self.worker_hosts = list(dict.fromkeys([*inputs.groups["prefill_nodes"], *inputs.groups["decode_nodes"]]))
         self.shape = {role: self._shape(role) for role in ("prefill", "decode", "aggregated")}
         self.table = flags.load(self.engine.name, self.version)
+        #: the chosen transfer backend; "" until it is
+        self.backend = ""
 
     def _engine_version(self) -> str:
         version = self.cluster["engine_version"] or self.engine.default_version
@@ -164,8 +166,7 @@ class Planner:
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use GPUs, so that these and RDMA devices are looked for on it; NPUs are not."""
         on_cpu = any(self._on_cpu(name, role) for role in ("prefill", "decode", "aggregated"))
-        npu = self.cluster["transfer_backend"] == "ascend"
-        return not self.engine.emulated and not on_cpu and not npu and name in self.worker_hosts
+        return not self.engine.emulated and not on_cpu and not self._npu(name) and name in self.worker_hosts
 
     def left_to_discover(self) -> List[str]:
         """Return the hosts of which the inventory leaves something open that deploy_pd.yml finds on the host."""
@@ -196,6 +197,7 @@ class Planner:
         """Refuse wrong flags of the router and of any worker host, before placement says which hosts are used."""
         self.router.arguments(self.cluster["router_args"])
         for name in self.worker_hosts:
+            transfer.check(name, self.engine.name, self.inputs.hosts[name])
             for role in self.ratio.counts():
                 self._engine_args(name, role)
 
@@ -330,11 +332,30 @@ class Planner:
         return {name: f"{shipped[value]}/{value}" if str(value) in shipped else value for name, value in result.items()}
 
     def _engine_env(self, host: str, role: str) -> Dict[str, str]:
-        """The user's environment for one rank: the general one, overlaid by the role's."""
-        result: Dict[str, str] = {}
+        """The user's environment for one rank: the transfer engine's variables, the general one, overlaid by the role's."""
+        result = transfer.environment(self.inputs.hosts[host], self.engine.name, role, self.backend)
+        if self.backend == "mooncake" and role != "aggregated" and self._efa(host):
+            result["MOONCAKE_PROTOCOL"] = "efa"
         for name in ("engine_env", f"{role}_engine_env"):
             result.update({key: str(value) for key, value in (self.inputs.hosts[host].get(name) or {}).items()})
         return result
+
+    def _efa(self, host: str) -> bool:
+        """Whether Mooncake on a host goes over AWS's EFA: said so, or found where there is no other card."""
+        said = self.inputs.hosts[host]["mooncake_protocol"]
+        if said is not None:
+            return bool(said == "efa")
+        cards = self.inputs.discovered.get(host, {}).get("rdma")
+        if cards is None:
+            return bool(self._deployed(host).get("transfer", {}).get("efa"))
+        return transfer.has_efa(cards)
+
+    def _npu(self, host: str) -> bool:
+        """Whether the devices of a host's workers are Ascend's."""
+        own = self.inputs.hosts[host]
+        word = str((own["engine_env"] or {}).get("ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE", "")).lower()
+        mooncake = own["ascend_transfer_with_mooncake"] or word in ("1", "true", "yes", "y")
+        return self.cluster["transfer_backend"] == "ascend" or bool(mooncake)
 
     def _on_cpu(self, host: str, role: str) -> bool:
         return self.engine.on_cpu(self._engine_args(host, role), self._engine_env(host, role))
@@ -372,9 +393,11 @@ class Planner:
             fabric=fabric, gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
             api_key=self.cluster["api_key"] is not None, address=addresses[host], cache_dir=settings["cache_dir"],
+            npu=self._npu(host),
         )  # fmt: skip
         given = flags.overlaid(self.engine.flags(context), self._engine_args(host, worker.role))
-        env = {**self.engine.env(context), **self._engine_env(host, worker.role)}
+        own = self._engine_env(host, worker.role)
+        env = {**self.engine.env(context), **transfer.npu_environment(own, host, worker.name, gpus), **own}
         rank = {
             "host": host, "node_rank": index, "gpus": list(gpus), "unit": f"pd-{worker.name}.service",
             "argv": [*self.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],
@@ -439,7 +462,23 @@ class Planner:
             "metrics_url": f"http://{addresses[host]}:{cluster['router_prometheus_port']}/metrics",
         }  # fmt: skip
 
-    def _installs(self, host: str, has_worker: bool) -> List[Json]:
+    def _needs(self, host: str, has_worker: bool, link: Link) -> transfer.Needs:
+        """What the host needs for its transfer engines; nothing without workers, and in an image it is the image's business."""
+        settings = self.inputs.hosts[host]
+        if not has_worker or self.engine.emulated:
+            return transfer.Needs()
+        build = settings["engine_build"]
+        if build == "auto":
+            build = "" if settings["engine_requirements"] else self.engine.build(self.version)
+        found = self.inputs.discovered.get(host, {}).get("python", {})
+        machine, glibc = found.get("machine", ""), found.get("glibc", "")
+        about = transfer.Host(host, machine, glibc, bool(link.devices), self._efa(host), self._npu(host))
+        needed = transfer.needs(
+            about, build, self.engine.transfer_backends, self.backend, settings, settings["runtime"] == "venv"
+        )
+        return transfer.Needs() if settings["runtime"] in runtimes.CONTAINERS else needed
+
+    def _installs(self, host: str, has_worker: bool, needed: transfer.Needs) -> List[Json]:
         """Virtualenvs that the host needs, in the order in which they are made."""
         settings = self.inputs.hosts[host]
         rows: List[Json] = []
@@ -451,7 +490,10 @@ class Planner:
             rows.append({"name": "hub", "requirements": ["requirements/hub.txt"]})
         if has_worker and settings["runtime"] == "venv":
             wanted = settings["engine_requirements"] or self.engine.requirements(self.version)
-            rows.append({"name": f"{self.engine.name}-{self.version}", "requirements": list(wanted)})
+            source = {"source": needed.source} if needed.source else {}
+            if needed.source:
+                rows.append({"name": needed.source["tools"], "requirements": [transfer.BUILD_TOOLS]})
+            rows.append({"name": f"{self.engine.name}-{self.version}", "requirements": [*wanted, *needed.steps], **source})
         if rows:
             self.check_python(host)
         return rows
@@ -483,6 +525,7 @@ class Planner:
         pairs = [(p.name, d.name) for p in placed if p.role == "prefill" for d in placed if d.role == "decode"]
         between = [(ends[p], ends[d]) for p, d in pairs]
         backend, reason = choose_backend(self.cluster["transfer_backend"], self.engine.transfer_backends, between, links)
+        self.backend = backend if pairs else "none"
         envs = {w.name: self._engine_env(ends[w.name], w.role) for w in placed}
         tcp = forces_tcp(backend, between, links, [envs[p] for p, _ in pairs])
         on_cpu = {w.name: self._on_cpu(ends[w.name], w.role) for w in placed}
@@ -544,6 +587,7 @@ class Planner:
         self, name: str, addresses: Mapping[str, str], link: Link, settings_of_mask: Sequence[Setting], has_worker: bool
     ) -> Json:
         settings = self.inputs.hosts[name]
+        needed = self._needs(name, has_worker, link)
         return {
             "address": addresses[name],
             "gpus": list(self._gpus(name)) if name in self.worker_hosts else [],
@@ -556,7 +600,8 @@ class Planner:
             "state_dir": settings["state_dir"],
             "install_dir": settings["install_dir"],
             "venv_python": settings["venv_python"],
-            "installs": self._installs(name, has_worker),
+            "installs": self._installs(name, has_worker, needed),
+            **({"transfer": {"system": needed.system, "efa": self._efa(name)}} if needed.system else {}),
             **(self._provided(name) if has_worker else {}),
             "files": [str(file) for file in settings["engine_files"]] if has_worker else [],
             "cache_dir": settings["cache_dir"] if has_worker else None,

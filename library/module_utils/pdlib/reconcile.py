@@ -100,6 +100,16 @@ class Reconciler:
         files = hashlib.sha256(named.encode()).hexdigest() if named else ""
         return identity(self.units[name], self.secret + installed + files)
 
+    def _files(self, name: str) -> str:
+        """A hash of the unit's own files as they are; "" when they are not there."""
+        texts = [_text(path) for path in sorted(self.manager.files([self.units[name]])) if path.stem == name]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] if any(texts) else ""
+
+    def _edited(self, name: str) -> bool:
+        """Whether somebody changed the unit's files after they were written: what runs may have been started from those."""
+        written = self.record.get(name, {}).get("files")
+        return written is not None and self._files(name) not in ("", written)
+
     def _change(self, text: str) -> None:
         if text not in self.outcome.changed:
             self.outcome.changed.append(text)
@@ -122,6 +132,7 @@ class Reconciler:
             if not self.check and write(path, text, mode):
                 reload = reload or path.suffix in (".conf", ".service", ".target")
         if not self.check:
+            self._note_files()
             self._write_private()
             if reload:
                 self.manager.reload()
@@ -152,6 +163,14 @@ class Reconciler:
             folder.mkdir(parents=True, exist_ok=True)
             if self.user:
                 accounts.own(folder, self.user)
+
+    def _note_files(self) -> None:
+        """Remember the files of units that stay as they run; those that start are remembered then."""
+        stale = [name for name in self.units if name in self.record and self.record[name].get("files") != self._files(name)]
+        for name in stale:
+            self.record[name]["files"] = self._files(name)
+        if stale:
+            self._save()
 
     def _write_private(self) -> None:
         """Keep shipped files where engines read them, and the key where units and the load generator do, or nowhere."""
@@ -193,7 +212,7 @@ class Reconciler:
             for name, unit in self.units.items()
             if name in status
             and status[name].state in ("running", "starting", "stopping")
-            and self.record.get(name, {}).get("identity") != self._identity(name)
+            and (self.record.get(name, {}).get("identity") != self._identity(name) or self._edited(name))
         )
         return surplus, restart
 
@@ -232,7 +251,7 @@ class Reconciler:
         self._check_ports(names)
         self.manager.start(names)
         for name in names:
-            self.record[name] = {"identity": self._identity(name), "started": time.time()}
+            self.record[name] = {"identity": self._identity(name), "started": time.time(), "files": self._files(name)}
         self._save()
 
     def _fail_on_death(self) -> None:

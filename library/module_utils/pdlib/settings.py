@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
+from . import bench_load
 from .errors import UserError, did_you_mean, nearest
 from .variables import BENCH, CLUSTER, HOST, VARIABLES, VERB, Variable
 
@@ -81,9 +82,7 @@ def _gpus(value: Any) -> Any:
 
 def _span(value: Any) -> str:
     text = str(value).strip()
-    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
-    if not match or int(match[1]) < 1 or (match[2] and int(match[2]) < int(match[1])):
-        raise ValueError
+    bench_load.longest(text)
     return text
 
 
@@ -113,7 +112,8 @@ _EXPECTED = {
     "dict": "a mapping such as {key: value}",
     "ints": "whole numbers such as 32,64",
     "gpus": "a count, a list of indices such as [0, 1], or auto",
-    "span": "a length such as 512, or two such as 256-1024 (smaller first, at least 1)",
+    "span": "a length such as 512, 256-1024 (smaller first, at least 1), normal:512:64, lognormal:512:0.4, file:lengths.txt, "
+    "or a mixture such as 512@0.7,4096@0.3",
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
+from .transfer_table import KNOBS
+
 CLUSTER, HOST, BENCH, VERB = "cluster", "host", "bench", "verb"
 
 #: What one router or another can do; which one has which stands in routers.py.
@@ -29,7 +31,8 @@ class Variable:
     """One variable that a user may set.
 
     ``type``: str, int, float, bool, list (comma-separated text is one, too), dict, ints (list of int), gpus (a count,
-    a list of indices, or ``auto``), span (``512`` or ``256-1024``). A default of None means "not set".
+    a list of indices, or ``auto``), span (``512`` or ``256-1024``). A default of None means "not set"; ``otherwise``: what the
+    engine does then. ``env``: the environment variable that it becomes, as it is.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Variable:
     maximum: Any = None
     unit: str = ""
     secret: bool = False
+    otherwise: str = ""
+    env: str = ""
 
 
 def _table() -> Dict[str, Variable]:
@@ -239,6 +244,24 @@ def _table() -> Dict[str, Variable]:
             HOST,
             "Requirement files of the engine's virtualenv, installed in turn; `no-deps:FILE` leaves dependencies out.",
         ),
+        v(
+            "engine_build",
+            "str",
+            "auto",
+            HOST,
+            "What the engine in `engine_requirements` is built for: the transfer engines that fit it are installed beside it. `auto`: "
+            "what our own locks are for (CUDA 13); to files of yours nothing is added (docs/fabric.md).",
+            choices=("auto", "cuda12", "cuda13", "cpu", "npu"),
+        ),
+        v(
+            "nixl_source",
+            "str",
+            None,
+            HOST,
+            "Folder on the host with NIXL's sources: built against `ucx_prefix`, instead of a wheel.",
+        ),
+        v("ucx_prefix", "str", None, HOST, "What UCX was installed to on the host: `/opt/ucx`, with its `include` and `lib`."),
+        *(v(k.name, k.type, None, HOST, k.doc, k.choices, k.minimum, unit=k.unit, otherwise=k.default, env=k.env) for k in KNOBS),
         v("venv_python", "str", None, HOST, "Python that makes virtualenvs on the host; not set: the one Ansible uses there."),
         v(
             "service_manager",
@@ -269,14 +292,76 @@ def _table() -> Dict[str, Variable]:
         v("bench_api", "str", "completions", BENCH, "Endpoint to load.", choices=("completions", "chat", "generate")),
         v("bench_concurrency", "ints", [32], BENCH, "Requests in flight, one load point each: `32,64,128`.", minimum=1),
         v("bench_request_rate", "list", None, BENCH, "Open loop instead: requests a second, one load point each.", unit="1/s"),
-        v("bench_arrival", "str", "poisson", BENCH, "Arrivals of the open loop.", choices=("poisson", "constant")),
+        v(
+            "bench_arrival",
+            "str",
+            "poisson",
+            BENCH,
+            "Arrivals of the open loop: `poisson`, `constant`, or `gamma:B` with burstiness B (below 1 comes in bursts).",
+        ),
+        v("bench_batch", "ints", None, BENCH, "One batch instead: so many requests at once, one load point each.", minimum=1),
         v("bench_num_requests", "int", 200, BENCH, "Requests of a load point.", minimum=1),
-        v("bench_input_len", "span", "512", BENCH, "Prompt length: `512`, or uniform `256-1024`.", unit="tokens"),
-        v("bench_output_len", "span", "128", BENCH, "Output length, forced: `128`, or uniform `64-256`.", unit="tokens"),
+        v(
+            "bench_duration",
+            "float",
+            None,
+            BENCH,
+            "Of an open loop, instead: the requests that are due in this time.",
+            minimum=0.001,
+            unit="s",
+        ),
+        v(
+            "bench_input_len",
+            "span",
+            "512",
+            BENCH,
+            "Prompt length: `512`, uniform `256-1024`, and more (docs/load.md).",
+            unit="tokens",
+        ),
+        v("bench_output_len", "span", "128", BENCH, "Output length, forced; written as `bench_input_len`.", unit="tokens"),
+        v("bench_prefix_len", "int", None, BENCH, "A system prompt of this length before all prompts.", minimum=1, unit="tokens"),
         v("bench_trace", "str", None, BENCH, "Lengths from a trace in Mooncake's format (a file on the controller)."),
+        v(
+            "bench_time_scale",
+            "float",
+            None,
+            BENCH,
+            "Send at the trace's own times, multiplied by this (0.5: twice as fast).",
+            minimum=0.000001,
+        ),
+        v("bench_share_prefixes", "bool", False, BENCH, "Prompts share the prefixes that the trace's `hash_ids` name."),
         v("bench_length_scale", "float", 1.0, BENCH, "Factor on the trace's lengths, for a smaller context.", minimum=0.0001),
-        v("bench_max_input_len", "int", None, BENCH, "Cut the trace's prompts at this.", minimum=1, unit="tokens"),
-        v("bench_max_output_len", "int", None, BENCH, "Cut the trace's outputs at this.", minimum=1, unit="tokens"),
+        v(
+            "bench_max_input_len",
+            "int",
+            None,
+            BENCH,
+            "Cut longer prompts at this (those of `bench_dataset` are left out).",
+            minimum=1,
+            unit="tokens",
+        ),
+        v("bench_max_output_len", "int", None, BENCH, "Cut longer outputs at this.", minimum=1, unit="tokens"),
+        v(
+            "bench_dataset",
+            "str",
+            None,
+            BENCH,
+            "Prompts from a file on the controller: JSON lines, or ShareGPT (docs/load.md); it says how long outputs are.",
+        ),
+        v(
+            "bench_tokenizer",
+            "str",
+            None,
+            BENCH,
+            "The model's `tokenizer.json`, or a folder with it, on the controller: lengths of text are exact.",
+        ),
+        v(
+            "bench_load",
+            "dict",
+            {},
+            BENCH,
+            "What no other variable says (stages, ramps, conversations): the keys of a load file (docs/load.md).",
+        ),
         v("bench_warmup", "int", None, BENCH, "Requests before each load point that are not measured.", minimum=0),
         v("bench_seed", "int", 1, BENCH, "Seed of prompts, lengths and arrivals.", minimum=0),
         v(
@@ -287,6 +372,14 @@ def _table() -> Dict[str, Variable]:
             "Before the first load point, check with so many prompts over every prefill-decode pair that the KV cache arrives "
             "right; 0: do not. 8 take seconds.",
             minimum=0,
+        ),
+        v(
+            "bench_selfcheck",
+            "bool",
+            True,
+            BENCH,
+            "Calibrate the load generator before the load: some seconds on the client host against a server of known timing "
+            "(docs/validity.md).",
         ),
         v("bench_timeout", "int", 600, BENCH, "Longest time of one request.", minimum=1, unit="s"),
         v(

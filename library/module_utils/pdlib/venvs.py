@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -27,7 +28,8 @@ class Venv:
     """One virtualenv: ``name``, and ``requirements`` installed in turn (``no-deps:FILE``; ``pdbench`` is our own wheel).
 
     ``files``: base64 contents of every file that the requirements name; ``wheels``: the folder that has all wheels, for
-    hosts that reach no registry.
+    hosts that reach no registry. ``source`` in the row: NIXL is built on the host (transfer.py), with the tools of another
+    virtualenv that is made at the same time.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Venv:
         self.work = Path(install_dir) / f"{row['name']}.install"
         self.state_dir, self.python, self.name = state_dir, python or sys.executable, row["name"]
         self.steps: List[str] = list(row["requirements"])
+        self.source: Optional[Mapping[str, str]] = row.get("source")
         self.contents = {step: base64.b64decode(files[step.replace("no-deps:", "", 1)]) for step in self.steps}
 
     def stamp(self) -> str:
@@ -51,6 +54,7 @@ class Venv:
         digest = hashlib.sha256(self.python.encode())
         for step in self.steps:
             digest.update(step.encode() + b"\0" + hashlib.sha256(self.contents[step]).digest())
+        digest.update(json.dumps(self.source, sort_keys=True).encode() if self.source else b"")
         return digest.hexdigest()
 
     def ready(self) -> bool:
@@ -90,6 +94,7 @@ class Venv:
             deps = "--no-deps " if step.startswith("no-deps:") or path.suffix == ".whl" else ""
             source = f"--no-index --only-binary=:all: --find-links {shlex.quote(str(self.wheels))} " if self.wheels else ""
             lines.append(f"{target}/bin/python -m pip install --no-input --disable-pip-version-check {source}{deps}{what}")
+        lines += self._build() if self.source else []
         lines.append(f"printf %s {self.stamp()} > {target}/.pd-stamp")
         lines.append(f"rm -rf {old}")
         script = self.work / "install.sh"
@@ -107,6 +112,31 @@ class Venv:
             )
         (self.work / "pid").write_text(str(process.pid))
         (self.work / "started").write_text(str(time.time()))
+
+    def _build(self) -> List[str]:
+        """Shell that builds NIXL from a copy of its sources, and puts it into the virtualenv.
+
+        Without build isolation, in which pip would fetch a torch of gigabytes that only NIXL's expert parallelism needs. The
+        distribution gets the name that the shim ``nixl`` looks for; the module's own follows the CUDA compiler.
+        """
+        assert self.source is not None
+        source, tools = self.source, self.folder.parent / self.source["tools"]
+        bin_, copy, wheels = (shlex.quote(str(path)) for path in (tools / "bin", self.work / "nixl", self.work / "nixl-wheel"))
+        stamp, pid = shlex.quote(f"{tools}/.pd-stamp"), shlex.quote(f"{tools}.install/pid")
+        gone = f'[ -d "/proc/$(cat {pid})" ] || {{ echo "{tools.name} is not there to build NIXL with"; exit 1; }}'
+        setting = shlex.quote(f"--config-settings=setup-args=-Ducx_path={source['ucx']}")
+        pip = "pip --no-input --disable-pip-version-check"
+        return [
+            f"until [ -e {stamp} ]; do {gone}; sleep 1; done",
+            f"[ -e {shlex.quote(source['path'] + '/pyproject.toml')} ] || {{ echo 'nixl_source={source['path']}: no pyproject.toml'; exit 1; }}",
+            f"[ -e {shlex.quote(source['ucx'] + '/include/ucp/api/ucp.h')} ] || {{ echo 'ucx_prefix={source['ucx']}: no include/ucp'; exit 1; }}",
+            f"rm -rf {copy} {wheels}",
+            f"cp -r {shlex.quote(source['path'])} {copy}",
+            f"sed -i 's/^name *= *.nixl[a-z0-9-]*.$/name = \"{source['name']}\"/' {copy}/pyproject.toml",
+            f"PATH={bin_}:$PATH {bin_}/python -m {pip} wheel --no-deps --no-build-isolation -w {wheels} {setting} {copy}",
+            f"{shlex.quote(str(self.folder))}/bin/python -m {pip} install --no-deps --force-reinstall {wheels}/*.whl",
+            f"rm -rf {copy} {wheels}",
+        ]
 
     def describe(self) -> str:
         """Return one line of progress."""

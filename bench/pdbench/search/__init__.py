@@ -1,0 +1,1 @@
+"""`pdbench search`: the load at which something stops to hold, found by measuring."""

@@ -1,0 +1,218 @@
+"""TTFT split by its stages, on pages that real engines showed and on pages made for a case.
+
+`data/sglang_0_5_17_ttft.json` is what SGLang 0.5.17 workers on H200s showed before and after one load point: 640 requests at
+concurrency 128, 1p1d over NIXL (mean TTFT of the client 470.1 ms) and aggregated (376.1 ms).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdbench.attribution import NAMES, attribute, in_words
+from pdbench.records import MEASURE, WARMUP, Record
+
+PAGES: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "sglang_0_5_17_ttft.json").read_text())
+
+
+def answers(count: int, ttft_s: float, phase: str = MEASURE) -> list[Record]:
+    times = [ttft_s, ttft_s + 0.1]
+    return [
+        Record(0, i, phase, 10, 2, 0.0, 0.0, times[0], times[1], times, [1, 1], 10, 2, 0, 200, "length", True)
+        for i in range(count)
+    ]
+
+
+def split(found: dict[str, Any] | None) -> dict[str, float | None]:
+    assert found is not None
+    return {row["stage"]: row["ms"] for row in found["stages"]}
+
+
+def moved(pages: dict[str, Any], worker: str, *words: str) -> float:
+    """By how much all samples that hold every word moved: read without the code under test."""
+    before: dict[str, float]
+    after: dict[str, float]
+    before, after = (pages[end]["workers"][worker]["metrics"] for end in ("before", "after"))
+    return sum(value - before.get(key, 0.0) for key, value in after.items() if all(word in key for word in words))
+
+
+def test_real_pages_of_prefill_and_decode_apart() -> None:
+    pages = PAGES["nixl-1p1d"]
+    found = attribute(pages, answers(640, 0.4701))
+    parts = split(found)
+    assert list(parts) == list(NAMES)
+    alloc = moved(pages, "decode-0", "kv_transfer_alloc_ms_sum") / 640
+    expected = {
+        "router": 470.1 - 1000 * moved(pages, "decode-0", "time_to_first_token_seconds_sum") / 640,
+        "prefill_queue": 1000 * moved(pages, "prefill-0", "queue_time_seconds_sum") / 640,
+        "prefill_forward": 1000 * moved(pages, "prefill-0", "latency_seconds_sum", "prefill_forward") / 640,
+        "kv_allocation": alloc,
+        "kv_transfer": 1000 * moved(pages, "prefill-0", "latency_seconds_sum", "prefill_transfer_kv_cache") / 640,
+        "decode_queue": 1000 * moved(pages, "decode-0", "latency_seconds_sum", "decode_waiting") / 640,
+        "first_step": 1000 * moved(pages, "decode-0", "latency_seconds_sum", "fake_output") / 640,
+    }
+    # Decode waits for the KV cache while prefill queues, computes and sends; the rest of the wait is part of the bootstrap.
+    waited = 1000 * moved(pages, "decode-0", "latency_seconds_sum", "decode_transferred") / 640
+    handed_over = waited - sum(expected[stage] for stage in ("prefill_queue", "prefill_forward", "kv_transfer"))
+    expected["bootstrap"] = moved(pages, "decode-0", "kv_transfer_bootstrap_ms_sum") / 640 + handed_over
+    assert parts == pytest.approx(expected)
+    assert parts["prefill_forward"] == pytest.approx(133.2, abs=0.1)
+    assert found is not None
+    assert found["rest_ms"] == pytest.approx(470.1 - sum(expected.values()))
+    assert all(row["samples"] == 640 for row in found["stages"])
+    assert in_words(found).startswith("mean TTFT 470.1 ms: prefill 133.2, prefill queue 83.7, router and network 58.8")
+
+
+def test_time_before_decode_has_the_request_is_the_routers_and_not_the_bootstraps() -> None:
+    """A slow router sends to prefill first: prefill waits in its bootstrap queue, but decode's TTFT has not begun."""
+    prefill = {**UP, **timer("sglang:kv_transfer_bootstrap_ms", 5000.0, 10), **timer("sglang:queue_time_seconds", 0.1, 10)}
+    decode = {
+        **UP,
+        **timer("sglang:time_to_first_token_seconds", 1.0, 10),
+        **timer("sglang:kv_transfer_bootstrap_ms", 20.0, 10),
+        **timer("sglang:per_stage_req_latency_seconds", 0.5, 10, '{stage="decode_transferred"}'),
+    }
+    found = attribute(entry({"prefill-0": UP, "decode-0": UP}, {"prefill-0": prefill, "decode-0": decode}), answers(10, 0.6))
+    parts = split(found)
+    assert parts["router"] == pytest.approx(500.0)
+    assert parts["bootstrap"] == pytest.approx(2 + 50 - 10)
+    assert found is not None
+    assert found["rest_ms"] == pytest.approx(600 - 500 - 42 - 10)
+
+
+def test_real_pages_of_an_aggregated_worker() -> None:
+    found = attribute(PAGES["aggregated"], answers(640, 0.3761))
+    parts = split(found)
+    assert list(parts) == ["router", "prefill_queue", "prefill_forward"]
+    assert parts["prefill_queue"] == pytest.approx(133.0, abs=0.1)
+    assert found is not None
+    assert found["rest_ms"] > 0
+
+
+def entry(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], **more: Any) -> dict[str, Any]:
+    def side(pages: dict[str, dict[str, float]]) -> dict[str, Any]:
+        router = pages.get("router", {})
+        return {
+            "router": {"metrics": router},
+            "workers": {name: {"metrics": page} for name, page in pages.items() if name != "router"},
+        }
+
+    return {"before": side(before), "after": side(after), **{name: side(pages) for name, pages in more.items()}}
+
+
+def timer(name: str, seconds: float, count: float, labels: str = "") -> dict[str, float]:
+    return {f"{name}_sum{labels}": seconds, f"{name}_count{labels}": count}
+
+
+UP = {"sglang:prompt_tokens_total": 1.0}
+
+
+def test_what_is_not_reported_is_not_zero() -> None:
+    page = {**UP, **timer("sglang:time_to_first_token_seconds", 1.0, 10)}
+    found = attribute(entry({"prefill-0": UP, "decode-0": UP}, {"prefill-0": UP, "decode-0": page}), answers(10, 0.15))
+    parts = split(found)
+    assert parts.pop("router") == pytest.approx(50.0)
+    assert set(parts.values()) == {None}
+    assert found is not None
+    assert found["rest_ms"] == pytest.approx(100.0)
+    assert "100.0 ms unexplained; not reported: bootstrap, prefill queue, prefill, KV" in in_words(found)
+
+
+def test_a_histogram_that_did_not_move_in_the_window_is_not_reported() -> None:
+    old = {**UP, **timer("sglang:queue_time_seconds", 5.0, 50)}
+    new = {**old, **timer("sglang:time_to_first_token_seconds", 1.0, 10)}
+    assert split(attribute(entry({"aggregated-0": old}, {"aggregated-0": new}), answers(10, 0.15)))["prefill_queue"] is None
+    assert attribute(entry({"aggregated-0": old}, {"aggregated-0": old}), answers(10, 0.15)) is None
+
+
+def test_many_workers_are_one_mean_and_ranks_are_not_counted_twice() -> None:
+    stage = "sglang:per_stage_req_latency_seconds"
+    forward = {**timer(stage, 0.3, 3, '{stage="prefill_forward",tp_rank="0"}'), **timer(stage, 9.0, 3, '{stage="other"}')}
+    ranks = {**forward, **timer(stage, 0.3, 3, '{stage="prefill_forward",tp_rank="1"}')}
+    before = {"aggregated-0": UP, "aggregated-1": UP}
+    one = attribute(entry(before, {"aggregated-0": {**UP, **forward}, "aggregated-1": {**UP, **forward}}), answers(6, 0.5))
+    two = attribute(entry(before, {"aggregated-0": {**UP, **ranks}, "aggregated-1": {**UP, **ranks}}), answers(6, 0.5))
+    assert split(one)["prefill_forward"] == split(two)["prefill_forward"] == pytest.approx(100.0)
+
+
+def test_a_stage_of_some_requests_counts_for_its_share() -> None:
+    page = {**UP, **timer("sglang:queue_time_seconds", 1.0, 2)}
+    assert split(attribute(entry({"aggregated-0": UP}, {"aggregated-0": page}), answers(10, 0.5)))["prefill_queue"] == 100.0
+
+
+def test_the_routers_own_ttft_is_preferred() -> None:
+    worker = {**UP, **timer("sglang:time_to_first_token_seconds", 1.0, 10)}
+    router = timer("smg_pd_ttft_seconds", 1.2, 10)
+    found = attribute(entry({"router": {}, "aggregated-0": UP}, {"router": router, "aggregated-0": worker}), answers(10, 0.2))
+    assert split(found)["router"] == pytest.approx(20.0)
+    assert found is not None
+    assert found["stages"][0]["source"] == "smg_pd_ttft_seconds less sglang:time_to_first_token_seconds"
+    assert found["rest_ms"] == pytest.approx(180.0)
+
+
+def test_vllm_goes_from_one_role_to_the_other() -> None:
+    prefill = {
+        "vllm:prompt_tokens_total": 1.0,
+        **timer("vllm:e2e_request_latency_seconds", 1.0, 10),
+        **timer("vllm:request_queue_time_seconds", 0.1, 10),
+        **timer("vllm:request_prefill_time_seconds", 0.8, 10),
+    }
+    decode = {
+        "vllm:prompt_tokens_total": 1.0,
+        **timer("vllm:time_to_first_token_seconds", 0.5, 10),
+        **timer("vllm:request_queue_time_seconds", 0.3, 10),  # the wait for the KV cache is part of it
+        **timer("vllm:nixl_xfer_time_seconds", 0.2, 10),
+        **timer("vllm:request_prefill_time_seconds", 0.05, 10),
+    }
+    found = attribute(
+        entry({"prefill-0": {"up": 1}, "decode-0": {"up": 1}}, {"prefill-0": prefill, "decode-0": decode}), answers(10, 0.2)
+    )
+    assert split(found) == pytest.approx(
+        {
+            **{"router": 50.0, "bootstrap": None, "prefill_queue": 10.0, "prefill_forward": 80.0, "kv_allocation": None},
+            **{"kv_transfer": 20.0, "decode_queue": 10.0, "first_step": 5.0},
+        }
+    )
+
+
+def test_the_window_begins_after_the_warm_up_where_a_snapshot_was_taken_there() -> None:
+    def page(seconds: float, count: float) -> dict[str, dict[str, float]]:
+        return {"aggregated-0": {**UP, **timer("sglang:queue_time_seconds", seconds, count)}}
+
+    records = [*answers(5, 1.0, WARMUP), *answers(10, 0.5)]
+    whole = attribute(entry(page(0, 0), page(8, 15)), records)
+    assert whole is not None
+    assert (whole["requests"], whole["warmup"]) == (15, True)
+    assert whole["ttft_ms"] == pytest.approx(1000 * 10 / 15)
+    later = attribute(entry(page(0, 0), page(8, 15), begin=page(3, 5)), records)
+    assert later is not None
+    assert (later["requests"], later["warmup"], later["ttft_ms"]) == (10, False, pytest.approx(500.0))
+    assert split(later)["prefill_queue"] == pytest.approx(500.0)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {"before": None, "after": None},
+        entry({"prefill-0": UP}, {}),
+        entry({"prefill-0": {}}, {"prefill-0": {}}),
+        entry({"prefill-0": {"other:engine": 1}}, {"prefill-0": {"other:engine": 2}}),
+        entry({"prefill-0": {}, "decode-0": UP}, {"prefill-0": UP, "decode-0": UP}),
+    ],
+)
+def test_without_whole_evidence_nothing_is_said(broken: dict[str, Any]) -> None:
+    assert attribute(broken, answers(3, 0.1)) is None
+
+
+def test_failed_requests_are_no_part_of_the_mean() -> None:
+    bad = Record(0, 9, MEASURE, 10, 2, 0.0, 0.0, status=503, error="HTTP 503")
+    assert math.isnan(bad.first_s)
+    found = attribute(PAGES["aggregated"], [*answers(640, 0.3761), bad])
+    assert found is not None
+    assert (found["requests"], found["ttft_ms"]) == (640, pytest.approx(376.1))
+    assert attribute(PAGES["aggregated"], [bad]) is None
