@@ -32,7 +32,8 @@ class Record:
     """What happened to one request.
 
     Times are float seconds on the client's monotonic clock, relative to the start of the request's load point; NaN
-    stands for "did not happen". Token counts are as the server reports them, -1 where it does not.
+    stands for "did not happen". Token counts are as the server reports them, -1 where it does not. A request of a
+    conversation has the index of that one's first request, and its turn from 1 up; others -1 and 0.
     """
 
     point: int
@@ -54,6 +55,8 @@ class Record:
     ok: bool = False
     error: str = ""
     output_sha256: str = ""
+    conversation: int = -1
+    turn: int = 0
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, newline included; NaN becomes null."""
@@ -61,8 +64,11 @@ class Record:
 
     @classmethod
     def from_mapping(cls, row: Mapping[str, object]) -> Record:
-        """Build a record from a mapping with exactly its fields; null times become NaN. Raise ValueError otherwise."""
-        if row.keys() != _KEYS:
+        """Build a record from a mapping with its fields; null times become NaN. Raise ValueError otherwise.
+
+        Records made before conversations lack the fields for them.
+        """
+        if row.keys() != _KEYS and row.keys() != _KEYS - _LATER:
             odd = sorted(_KEYS.symmetric_difference(row))
             raise ValueError(f"not a request record: missing or unknown fields {', '.join(odd)}")
         values = {k: (math.nan if v is None and k.endswith("_s") else v) for k, v in row.items()}
@@ -71,6 +77,7 @@ class Record:
 
 _NAMES = tuple(f.name for f in fields(Record))
 _KEYS = frozenset(_NAMES)
+_LATER = {"conversation", "turn"}
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:

@@ -211,6 +211,34 @@ def test_processes_share_one_load(tmp_path: Path) -> None:
     assert not list((tmp_path / "o").glob(".*"))
 
 
+def test_conversations_repeat_the_real_answers_turn_by_turn(tmp_path: Path) -> None:
+    (tmp_path / "load.yml").write_text(
+        "{num_requests: 12, isl: 16, osl: 8, concurrency: 2, warmup: 0, conversation: {turns: 3, think: 0.01}}"
+    )
+    with truth() as server:
+        argv = [sys.executable, "-m", "pdbench", "run", "--url", server.url, "--model", "good", "--output", str(tmp_path / "o")]
+        argv += ["--api", "chat", "--load", str(tmp_path / "load.yml"), *PATIENT]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen = server.json("/seen")
+    assert seen["most"] <= 2
+    bodies = [entry["body"]["messages"] for entry in seen["seen"][1:]]
+    assert sorted(len(messages) for messages in bodies) == [1] * 4 + [3] * 4 + [5] * 4
+    answers = {message["content"] for messages in bodies for message in messages if message["role"] == "assistant"}
+    assert len(answers) == 1, "the server gives one answer of 8 tokens, and it is repeated as it came"
+    assert len(answers.pop().split()) == 8
+    records = measured(tmp_path / "o")
+    for conversation in {r.conversation for r in records}:
+        first, second, third = sorted((r for r in records if r.conversation == conversation), key=lambda r: r.turn)
+        assert (first.turn, second.turn, third.turn) == (1, 2, 3)
+        assert second.scheduled_s >= first.end_s + 0.01
+        assert third.scheduled_s >= second.end_s + 0.01
+    turns = summary(tmp_path / "o")["turns"]
+    assert [(turn["turn"], turn["completed"], turn["failed"]) for turn in turns] == [(1, 4, 0), (2, 4, 0), (3, 4, 0)]
+    latencies = [turn["cumulative_latency_ms"]["mean"] for turn in turns]
+    assert latencies == sorted(latencies)
+
+
 def test_a_trace_gives_lengths_and_times(server: Service, tmp_path: Path) -> None:
     trace = ("--trace", str(TESTS / "data" / "mooncake_excerpt.jsonl"), "--length-scale", "0.01", "--max-osl", "5")
     code, text = run(server.url, tmp_path / "o", *trace, "--concurrency", "4", "--num-requests", "10")

@@ -53,6 +53,7 @@ def results(points: Sequence[Point]) -> list[Table]:
         tables.append(_steady(points))
     if any(isinstance(point.summary.get("goodput"), dict) for point in points):
         tables.append(_goodput(points))
+    tables += [_turns(point) for point in points if point.summary.get("turns")]
     if split.known(points):
         head, rows = split.rows(points)
         shown = [[str(row[0]), *("not reported" if value is None else number(value) for value in row[1:])] for row in rows]
@@ -77,6 +78,22 @@ def _latency(caption: str, metrics: Sequence[tuple[str, str]], points: Sequence[
     quantiles = ("p50", "p95", "p99")
     rows = [[point.label, *(number(_in(point.summary.get(key), q)) for _, key in metrics for q in quantiles)] for point in points]
     return Table(caption, [("load", 1), *((name, 3) for name, _ in metrics)], ["", *quantiles * len(metrics)], rows)
+
+
+def _turns(point: Point) -> Table:
+    """One row a turn: the context grows, and a prefix cache that works keeps TTFT from growing with it."""
+    head = ["turn", "completed", "failed", "prompt tokens", "cached tokens", "tokens/s per user"]
+    shown = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("cumulative_latency_ms", "p50"))
+    names = ("TTFT p50", "TTFT p99", "TPOT p50", "latency so far p50")
+    rows = [
+        [
+            *(_count(turn[key]) for key in ("turn", "completed", "failed")),
+            *(number(turn[key]) for key in ("prompt_tokens", "cached_tokens", "output_throughput_per_user")),
+            *(number(_in(turn[key], q)) for key, q in shown),
+        ]
+        for turn in point.summary["turns"]
+    ]
+    return Table(f"By turn of the conversations ({point.label}; ms)", [(name, 1) for name in (*head, *names)], [], rows)
 
 
 def _steady(points: Sequence[Point]) -> Table:

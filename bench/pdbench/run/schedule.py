@@ -85,3 +85,14 @@ def split(requests: Sequence[Request], slots: int | None, parts: int) -> list[tu
         shares[owner[request.index]].append(request)
     own = [None if slots is None else slots // parts + (k < slots % parts) for k in range(parts)]
     return list(zip(shares, own, strict=True))
+
+
+def talks(requests: Sequence[Request]) -> dict[int, tuple[int, int]]:
+    """Return (index of its first request, turn from 1 up) of every request of a conversation, by index; {} without any."""
+    if all(request.after is None for request in requests):
+        return {}
+    found: dict[int, tuple[int, int]] = {}
+    for request in requests:
+        first, turn = (request.index, 0) if request.after is None else found[request.after]
+        found[request.index] = (first, turn + 1)
+    return found

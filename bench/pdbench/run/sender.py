@@ -21,7 +21,7 @@ from pdbench.records import Record
 from pdbench.run.digest import Raw
 from pdbench.run.exchange import Endpoint, Exchange
 from pdbench.run.replies import read_reply
-from pdbench.run.schedule import Schedule
+from pdbench.run.schedule import Schedule, talks
 from pdbench.run.spool import Writer
 from pdbench.run.sse import events
 from pdbench.run.wire import Wire
@@ -204,6 +204,7 @@ class _Run:
         self._requests = {request.index: request for request in phase.requests}
         self._wanted_answers = {index for filled in phase.fills for index in self._requests[filled].answers}
         self._texts: dict[int, str] = {}
+        self._talks = talks(phase.requests)
         self.due, self.close = self._schedule.due, self._schedule.close
         self.report = Report()
 
@@ -245,4 +246,5 @@ class _Run:
         if exchange.error != STOPPED:
             self.send()
         record = Record(task.point, request.index, task.phase, request.isl, request.osl)
+        record.conversation, record.turn = self._talks.get(request.index, (-1, 0))
         self._spool.write(record, task.start, task.api, exchange)

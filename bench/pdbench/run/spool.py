@@ -39,8 +39,9 @@ class Writer:
         """Append a finished exchange and forget its body."""
         body = b"".join(exchange.parts)
         asked = (record.point, record.index, record.phase, record.prompt_tokens_asked, record.output_tokens_asked)
+        talk = (record.conversation, record.turn)
         came = (exchange.wanted, exchange.sent, start, api, exchange.status, exchange.content_type, exchange.error)
-        meta = orjson.dumps((*asked, *came))
+        meta = orjson.dumps((asked, talk, came))
         reads = exchange.stamps.tobytes() + exchange.lengths.tobytes()
         frame = b"".join((_HEAD.pack(len(meta), len(reads), len(body)), meta, reads, body))
         exchange.parts.clear()
@@ -118,11 +119,13 @@ def _frame(read: Callable[[int], bytes]) -> Raw | None:
     rest = read(meta_size + reads_size + body_size)
     if len(rest) < meta_size + reads_size + body_size:
         return None
-    point, index, phase, isl, osl, wanted, sent, start, api, status, kind, error = orjson.loads(rest[:meta_size])
+    asked, talk, (wanted, sent, start, api, status, kind, error) = orjson.loads(rest[:meta_size])
     stamps, lengths = array("d"), array("L")
     count = reads_size // (stamps.itemsize + lengths.itemsize)
     lengths_at = meta_size + count * stamps.itemsize
     stamps.frombytes(rest[meta_size:lengths_at])
     lengths.frombytes(rest[lengths_at : meta_size + reads_size])
-    record = Record(point, index, phase, isl, osl, scheduled_s=wanted - start, sent_s=math.nan if sent is None else sent - start)
+    record = Record(*asked)
+    record.scheduled_s, record.sent_s = wanted - start, math.nan if sent is None else sent - start
+    record.conversation, record.turn = talk
     return Raw(record, start, api, status, kind, stamps, lengths, rest[meta_size + reads_size :], error)

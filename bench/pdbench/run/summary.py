@@ -11,6 +11,7 @@ from pdbench import steady
 from pdbench.attribution import attribute
 from pdbench.metrics import Slo, Stats, output_tokens, summarise
 from pdbench.records import MEASURE, NOT_REPORTED, Record
+from pdbench.turns import by_turn
 
 SCHEMA = 1
 #: tokens an event up to which it counts as holding one: a character can take two tokens
@@ -68,6 +69,7 @@ def point_summary(
         **summarise(measured, setup.gpus, setup.slo),
         "steady": steady.summarise(measured, slots, setup.gpus),
         "saturation": saturation,
+        "turns": by_turn(measured),
         "attribution": attribute(evidence or {}, [r for r in records if r.point == number]),
         "valid": not reasons,
         "invalid_reasons": reasons,

@@ -160,8 +160,8 @@ def system(library: str, build: str, host: Host, source: bool, plugin: str) -> L
             _row("libnuma1", "numactl-libs", "lib:libnuma.so.1"),
             _row("libcurl4", "libcurl", "lib:libcurl.so.4"),
         ]
-        # Linked by the builds for CUDA 13 whatever the network is.
-        rows += [mlx5] if build == "cuda13" or host.rdma else []
+        # Linked by the builds for CUDA whatever the network is.
+        rows += [mlx5] if build in ("cuda12", "cuda13") or host.rdma else []
         rows += (
             [_row("libfabric1", "libfabric", "lib:libfabric.so.1", "file:/opt/amazon/efa/lib*/libfabric.so.1")]
             if host.efa
