@@ -313,9 +313,9 @@ def test_a_client_that_is_held_up(clean: Cluster, tmp_path: Path) -> None:
     def hold(pid: int) -> None:
         while not ended.wait(0.3):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+                os.killpg(pid, signal.SIGSTOP)  # its sending process, too
                 time.sleep(0.2)
-                os.kill(pid, signal.SIGCONT)
+                os.killpg(pid, signal.SIGCONT)
 
     def inject(pid: int) -> None:
         clean.busy(5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import mmap
 import socket
 import ssl
 import subprocess
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httptools
 import pytest
 
 from pdbench.run.exchange import Endpoint, Exchange
@@ -234,6 +237,26 @@ def test_nobody_there() -> None:
     found = exchanges(url, [b"{}"] * 3, at_once=True)
     assert {e.error for e in found} == {"not connected: Connection refused"}
     assert all(e.sent != e.sent for e in found), "what was never sent has a time of sending"
+
+
+def test_nothing_is_left_of_what_failed(served: Callable[..., Server]) -> None:
+    """Senders run without a collector, over a file of bodies that is mapped: both tell at once who holds what."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        refusing = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    closing = served(lambda n, r: [STREAM], keep=False).url
+    gc.collect()
+    gc.disable()
+    try:
+        for url in (refusing, closing):
+            before = sum(isinstance(o, httptools.HttpResponseParser) for o in gc.get_objects())
+            with mmap.mmap(-1, 4096) as bodies:
+                view = memoryview(bodies)
+                found = exchanges(url, [view[:100], view[100:200], view[200:300]], at_once=True)  # type: ignore[list-item]
+                assert len(found) == 3
+                view.release()
+            assert sum(isinstance(o, httptools.HttpResponseParser) for o in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_reset_in_the_middle(served: Callable[..., Server]) -> None:

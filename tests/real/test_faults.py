@@ -79,6 +79,11 @@ def complete(real: Real) -> bool:
     return counted(real) == {"prefill": True, "decode": True}
 
 
+def ready(real: Real, name: str) -> bool:
+    """Whether a worker says so: HTTP 200, and nothing in it."""
+    return helpers.get(url(real, name) + "/ready") == ""
+
+
 def answers(real: Real) -> bool:
     """Whether a request through the router is answered."""
     return len(real.greedy(helpers.prompts([40], seed=time.time_ns()), 4)[0]) == 4
@@ -237,7 +242,7 @@ def by_hand(real: Real, unit: str, change: Callable[[str], str]) -> None:
     script.write_text(change(text))
     old = kill(real, unit)
     until("started anew", lambda: pid(real, unit) not in (0, old), 60)
-    until("healthy", lambda: helpers.get(url(real, unit.removeprefix("pd-")) + "/ready"))
+    until("ready", lambda: ready(real, unit.removeprefix("pd-")))
     until("complete", lambda: complete(real))
     assert helpers.get(f"{real.checkout.url}/readiness", KEY), "neither the router nor /ready sees it"
 
@@ -295,6 +300,6 @@ def test_page_sizes_that_differ(real: Real) -> None:
     assert "page_size is 1 on prefill-0, 16 on decode-0" in found["kv-layout"][0]["evidence"]
     # the first request over the pair ends the decode worker, and so does the next one once it is back
     assert "Page size mismatch: prefill server has page_size=1, but decode server has page_size=16" in log(real, "pd-decode-0")
-    until("complete", lambda: complete(real) and helpers.get(url(real, "decode-0") + "/ready"))
+    until("complete", lambda: complete(real) and ready(real, "decode-0"))
     assert "decode-0: no answer" in probed(real)
     right_again(real, "pd-decode-0")

@@ -216,7 +216,8 @@ def test_no_closed_loop_delivers_more_than_all(starts: list[tuple[float, float]]
 
 
 def test_the_report_of_the_client_has_its_keys_also_when_nothing_is_known() -> None:
-    watch = Watch(spans=spans((0, 0.002, 1), (0, math.nan, 1)), lags=Counter({10: 99, 500: 1}), stamped=50, reads=4)
+    lags = Counter({10: 99, 500: 1})
+    watch = Watch(spans=spans((0, 0.002, 1), (0, math.nan, 1)), lags=lags, stamped=50, all_reads=100, reads=4)
     found = watch.report(tokens=8, events=8, delivered=1.0)
     assert list(found) == list(UNKNOWN)
     assert found["loop_lag_ms"] == {"p50": 1.1, "p99": 1.1, "max": 50.1}

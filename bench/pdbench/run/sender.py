@@ -76,6 +76,7 @@ class Report:
     ended: array[float] = field(default_factory=lambda: array("d"))
     lags: Counter[int] = field(default_factory=Counter)
     stamped: int = 0
+    reads: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
     spooled: int = 0
@@ -156,7 +157,7 @@ class _Sender:
 
     def _loop(self, run: _Run) -> None:
         wire = self._wire
-        wire.lags, wire.stamped = Counter(), 0
+        wire.lags, wire.stamped, wire.reads = Counter(), 0, 0
         began, cpu, told = perf_counter(), process_time(), 0.0
         while run.unended and not self._stopped:
             for _ in range(_BURST):
@@ -171,7 +172,7 @@ class _Sender:
             wire.stop(STOPPED)
         report = run.report
         report.cpu_s, report.wall_s = process_time() - cpu, perf_counter() - began
-        report.lags, report.stamped = wire.lags, wire.stamped
+        report.lags, report.stamped, report.reads = wire.lags, wire.stamped, wire.reads
 
     def _poll(self, timeout: float) -> None:
         if self._wire.poll(timeout) and self._control.poll():

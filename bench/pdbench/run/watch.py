@@ -34,6 +34,7 @@ class Watch:
     lags: Counter[int] = field(default_factory=Counter)
     processes: int = 0
     stamped: int = 0
+    all_reads: int = 0
     reads: int = 0
     cpu_s: float = 0.0
     busy: float | None = None
@@ -44,6 +45,7 @@ class Watch:
             self.spans += map(Span, report.wanted, report.sent, report.ended)
             self.lags += report.lags
             self.stamped += report.stamped
+            self.all_reads += report.reads
         self.processes = len(reports)
         self.reads = totals.reads
         self.cpu_s = totals.cpu_s + sum(report.cpu_s for report in reports)
@@ -54,16 +56,16 @@ class Watch:
 
         ``cpu_s`` counts the sending and the digesting processes. ``loop_lag_ms`` is the delay between the arrival of bytes
         and their being read, and ``stamped_share`` the share of the reads whose stamp it does not touch, because the
-        kernel's was taken.
+        kernel's was taken. Of what is read in one go only the last stamp is known; how long the process was away bounds the
+        others, and counts as delay, too.
         """
         late = [s.sent - s.wanted for s in self.spans if s.sent == s.sent]
-        whole = self.lags.total()
         return {
             "cpu_s": self.cpu_s,
             "processes": self.processes,
             "busy": self.busy,
             "loop_lag_ms": lag(self.lags),
-            "stamped_share": self.stamped / whole if whole else None,
+            "stamped_share": self.stamped / self.all_reads if self.all_reads else None,
             "send_lateness_ms": brief(late),
             "tokens_per_event": tokens / events if events else None,
             "events_per_read": events / self.reads if self.reads else None,

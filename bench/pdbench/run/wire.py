@@ -48,6 +48,8 @@ _TIMESPEC = struct.Struct("@ll")
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 #: read delays are counted in steps of 0.1 ms
 LAG_STEPS = 10_000
+#: seconds after which `poll` returns though nothing has happened
+_TICK_S = 0.01
 
 
 class _Connection:
@@ -127,7 +129,8 @@ class Wire:
         self._view = memoryview(self._buffer)
         self._reached = False
         self.in_flight = 0
-        self.stamped = 0
+        self.stamped = self.reads = 0
+        self._away = 0.0
         self.lags: Counter[int] = Counter()
 
     def close(self) -> None:
@@ -183,14 +186,18 @@ class Wire:
         now = perf_counter()
         if self._deadlines:
             timeout = min(timeout, self._expire(now) - now)
-        if timeout > 0:
+        timeout = max(0.0, min(timeout, _TICK_S))
+        if timeout:
             # epoll counts in milliseconds and would send up to one too late; select on it counts in microseconds.
             select.select([self._epoll], [], [], timeout)
         called = False
         happened = self._epoll.poll(0)
-        if not happened:
-            return False
         polled = perf_counter()
+        # A read's stamp is its last segment's, and says nothing of those before it: how long this process was away does.
+        self._away = max(0.0, polled - now - timeout)
+        if not happened:
+            self.lags[int(self._away * LAG_STEPS)] += 1
+            return False
         # Both clocks within the same batch: a step of the real one spoils no stamp but this batch's, and is seen below.
         behind = polled - time.time()
         for fd, mask in happened:
@@ -305,6 +312,9 @@ class Wire:
         if fd >= 0:
             self._all.pop(fd, None)
             connection.sock.close()  # leaves the epoll set by itself
+            # Nothing that holds itself, or a part of the file of bodies, is left behind: senders run without a collector.
+            connection.out = None
+            del connection.parser
         if connection.exchange is None and connection in self._idle:
             self._idle.remove(connection)
         connection.exchange = None
@@ -361,7 +371,7 @@ class Wire:
                 while connection.exchange is exchange:
                     size = connection.sock.recv_into(self._buffer)
                     stamp = perf_counter()
-                    self.lags[int((stamp - polled) * LAG_STEPS)] += 1
+                    self.lags[int((stamp - polled + self._away) * LAG_STEPS)] += 1
                     self._take_in(connection, exchange, size, stamp)
                 return
             size, told, _, _ = connection.sock.recvmsg_into([self._buffer], 64)
@@ -380,10 +390,11 @@ class Wire:
                 stamp = arrived
                 late = now - arrived
                 self.stamped += 1
-        self.lags[int(late * LAG_STEPS)] += 1
+        self.lags[int(max(late, self._away) * LAG_STEPS)] += 1
         self._take_in(connection, exchange, size, stamp)
 
     def _take_in(self, connection: _Connection, exchange: Exchange, size: int, stamp: float) -> None:
+        self.reads += 1
         if not size:
             self._eof(connection, exchange)
             return
