@@ -59,7 +59,7 @@ test-real: setup-dev tiny-model
 test-kv: setup-dev tiny-model
 	PD_TEST_KV=1 $(BIN)/pytest tests/real/test_kv_correct.py -s -o timeout=1500
 
-# Every fault of docs/reliability.md on real SGLang; `make test-real` has two of them
+# Every fault of docs/reliability.md on real SGLang; it takes its engine from `make test-real`
 test-faults: setup-dev tiny-model
 	PD_TEST_FAULTS=1 $(BIN)/pytest tests/real/test_faults.py -s -o timeout=1500
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# No time limit for an example: the cores are shared. Fewer examples than the default of 100, in many runs.
+settings.register_profile("pd", deadline=None, max_examples=50)
+settings.load_profile("pd")
 
 #: Files of over half a minute, longest first; each is one worker's from its first test to its last.
 LONG = (

@@ -1,7 +1,6 @@
 """Faults of real SGLang under load: what clients get, and what readiness, gate and doctor say (docs/reliability.md).
 
-`make test-real` kills prefill and the router; PD_TEST_FAULTS=1 (`make test-faults`) adds decode, a wrong bootstrap port and
-page sizes that differ. Prefill computes a prompt in chunks of 64 tokens and sends each while the next one computes: whenever
+PD_TEST_FAULTS=1 (`make test-faults`): engines that start anew take minutes, more than `make test-real` has. Prefill computes a prompt in chunks of 64 tokens and sends each while the next one computes: whenever
 it is killed under these prompts of 1500, a KV cache is under way.
 """
 
@@ -25,7 +24,7 @@ from real.deployment import KEY, Real, deployed, extra
 from pdlib import processes
 from pdlib.gateway import Gateway
 
-more = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not os.environ.get("PD_TEST_FAULTS"), reason="some minutes of engines that start anew: make test-faults"
 )
 
@@ -213,7 +212,6 @@ def test_the_router_is_killed(real: Real) -> None:
     assert (code, errors(found)) == (0, set())
 
 
-@more
 def test_decode_is_killed(real: Real) -> None:
     with benching(real, 24) as bench:
         kill(real, "pd-decode-0")
@@ -264,7 +262,6 @@ def right_again(real: Real, unit: str) -> None:
     assert answers(real)
 
 
-@more
 def test_a_wrong_bootstrap_port(real: Real) -> None:
     planned = real.plan()["workers"][0]["ranks"][0]["bootstrap_port"]
     refused = real.play(
@@ -287,7 +284,6 @@ def test_a_wrong_bootstrap_port(real: Real) -> None:
     right_again(real, "pd-prefill-0")
 
 
-@more
 def test_page_sizes_that_differ(real: Real) -> None:
     refused = real.play("plan.yml", "-e", f"plan_dir={real.checkout.folder}/p", *extra({"decode_engine_args": {"page-size": 16}}))
     assert refused.code != 0
