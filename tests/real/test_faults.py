@@ -1,6 +1,7 @@
 """Faults of real SGLang under load: what clients get, and what readiness, gate and doctor say (docs/reliability.md).
 
-PD_TEST_FAULTS=1 (`make test-faults`): engines that start anew take minutes, more than `make test-real` has. Prefill computes a prompt in chunks of 64 tokens and sends each while the next one computes: whenever
+PD_TEST_FAULTS=1 (`make test-faults`): engines that start anew take minutes, more than `make test-real` has. Prefill computes
+a prompt in chunks of 64 tokens and sends each while the next one computes: whenever
 it is killed under these prompts of 1500, a KV cache is under way.
 """
 
