@@ -22,7 +22,7 @@ DIFFERENCES: dict[str, dict[str, str]] = {
     "sglang": {
         "completed": _OWN_PROMPTS,
         "failed": "theirs: a stream that ends early counts as completed",
-        "duration_s": "theirs: from before the first connection until the last stream is closed",
+        "duration_s": "theirs: from just before the first request until the last stream is closed",
         "input_throughput": "theirs: tokens that it meant to send; ours: those that the server counted",
         "output_throughput": "theirs: the server's count if an event with text has one, else as asked",
         "output_throughput_per_gpu": "not in the tool: the row above over all GPUs of the plan",
@@ -34,7 +34,7 @@ DIFFERENCES: dict[str, dict[str, str]] = {
     "vllm": {
         "completed": _OWN_PROMPTS,
         "failed": "theirs: an answer that had one chunk counts as completed",
-        "duration_s": "theirs: from before the first request is made until the last stream is closed",
+        "duration_s": "theirs: from just before the first request until the last stream is closed",
         "input_throughput": "the server's count, as ours; its own where the server is silent",
         "output_throughput": "the server's count, as ours; tokenised again where the server is silent",
         "output_throughput_per_gpu": "not in the tool: the row above over all GPUs of the plan",
