@@ -15,7 +15,7 @@ from pdbench.peers.commands import TOOLS
 Json = Mapping[str, Any]
 
 _RATE = "over the duration above"
-_OWN_PROMPTS = "its own prompts of the same length: random ids decoded to text (ours: token ids)"
+_OWN_PROMPTS = "its own prompts of the same length: random ids decoded to text"
 
 #: tool -> metric -> how its definition differs from ours ("" and absent: it does not)
 DIFFERENCES: dict[str, dict[str, str]] = {
