@@ -15,6 +15,7 @@ options:
   run_id: {description: The run., type: str, default: ""}
   argv: {description: "The load generator's command; C({dir}) is the run's folder.", type: list, elements: str, default: []}
   selfcheck: {description: "What goes before the load generator, to calibrate it; empty: nothing.", type: list, elements: str, default: []}
+  after: {description: "What goes after the load generator; empty: nothing.", type: list, elements: str, default: []}
   plan: {description: The deployed plan., type: dict, default: {}}
   files: {description: Base64 contents of the load's files by their path on the controller., type: dict, default: {}}
   names: {description: "What they are called in the run's folder: name to path.", type: dict, default: {}}
@@ -61,6 +62,7 @@ def main() -> None:
             "run_id": {"type": "str", "default": ""},
             "argv": {"type": "list", "elements": "str", "default": []},
             "selfcheck": {"type": "list", "elements": "str", "default": []},
+            "after": {"type": "list", "elements": "str", "default": []},
             "plan": {"type": "dict", "default": {}},
             "files": {"type": "dict", "default": {}},
             "names": {"type": "dict", "default": {}},
@@ -92,7 +94,7 @@ def main() -> None:
                 files = {name: p["files"][path] for name, path in p["names"].items()}
                 if p["load"]:
                     files["load.yml"] = base64.b64encode(json.dumps(p["load"], indent=1).encode()).decode()
-                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"])
+                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"], p["after"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
         elif p["action"] == "pack":

@@ -23,7 +23,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
@@ -98,6 +98,8 @@ class ActionModule(ActionBase):
                 )
             clients = groups["bench_clients"]
             planner.check_limit(clients[:1] if verb == "bench" else [])
+            if verb == "bench":
+                bench_peers.check(cluster, planner.engine.emulated)
             open_hosts = [] if discovered or verb == "plan" else planner.left_to_discover()
             if open_hosts:
                 # The second look plans; this one has checked all that can be without asking the hosts.

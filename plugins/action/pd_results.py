@@ -145,9 +145,26 @@ class ActionModule(ActionBase):
         display.display("\n" + "\n".join([table.rstrip(), "", gate.stdout.rstrip(), gate.stderr.rstrip()]))
         if report.returncode:
             raise AnsibleActionFail(f"the report could not be made:\n{report.stderr.strip()[-2000:]}")
+        compared, problem = self._peer(folder, bench)
+        if compared:
+            display.display("\n" + compared)
         display.display(f"\nreport: {folder / 'report.html'}    (results/latest points to it)\n")
         if gate.returncode == 3:
             raise AnsibleActionFail(f"the run is INVALID (reasons above and in {folder / 'validity.json'}); its records are kept")
         if gate.returncode:
             raise AnsibleActionFail(f"the gate could not judge the run:\n{gate.stderr.strip()[-2000:]}")
+        if problem:
+            raise AnsibleActionFail(f"the run is valid and kept, but bench_tool has no figures to put beside it: {problem}")
         return {"changed": True, "folder": str(folder)}
+
+    def _peer(self, folder: Path, bench: dict[str, Any]) -> tuple[str, str]:
+        """Return another bench client's figures beside ours, and what went wrong with it; both empty without one."""
+        if not bench["after"]:
+            return "", ""
+        shown = self._pdbench(["peer", str(folder)])
+        if shown.stdout.strip():
+            failed = [line for line in shown.stdout.splitlines() if ": load point " in line]
+            return shown.stdout.rstrip(), "; ".join(failed) if shown.returncode else ""
+        log = folder / "after.log"
+        said = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else "it was never started"
+        return "", said[-1000:] or "it said nothing"

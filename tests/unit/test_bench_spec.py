@@ -220,3 +220,44 @@ def test_the_room_that_is_needed_grows_with_what_is_recorded(tmp_path: Path) -> 
     assert needed(bench_num_requests=10_000, bench_concurrency="8,16") > base
     assert needed(bench_num_requests=10_000, bench_output_len="64-1280") > base
     assert needed(bench_num_requests=10_000, bench_min_free_mb=1000) == base + 800
+
+
+def test_another_client_goes_after_ours_with_a_virtualenv_of_its_own(tmp_path: Path) -> None:
+    made = spec(tmp_path)
+    assert made["after"] == []
+    assert [row["name"] for row in made["install"]] == ["pdbench"]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", model="a/b")
+    wanted = {"--tool": "sglang", "--python": "/i/bench-sglang/bin/python", "--url": "http://127.0.0.1:8000", "--model": "a/b"}
+    wanted |= {"--tokenizer": "{dir}/tokenizer.json", "--api-key-file": "/s/secrets/api_key"}
+    assert made["after"][:5] == ["/i/pdbench/bin/python", "-m", "pdbench", "peer", "{dir}"]
+    assert {flag: value(made["after"], flag) for flag in wanted} == wanted
+    row = made["install"][1]
+    assert row == {
+        "name": "bench-sglang",
+        "requirements": ["requirements/bench-sglang.txt", "no-deps:requirements/bench-sglang-no-deps.txt"],
+    }
+    emulated = spec(tmp_path, bench_tool="vllm", engine="emulated")
+    assert "--tokenizer" not in emulated["after"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"bench_tool": "sglang", "engine": "sglang", "model": "a/b"},
+            "bench_tool=sglang makes its prompts with .* give bench_tokenizer",
+        ),
+        ({"bench_tool": "vllm", "bench_api": "generate"}, "vLLM's bench client does not know bench_api=generate"),
+        ({"bench_tool": "sglang", "bench_input_len": "64-128"}, "bench_input_len is 64-128: give a number"),
+        ({"bench_tool": "vllm", "bench_output_len": "normal:512:64"}, "bench_output_len is normal:512:64"),
+        ({"bench_tool": "sglang", "bench_prefix_len": 8, "bench_trace": "t"}, "the load of bench_trace and bench_prefix_len"),
+        ({"bench_tool": "sglang", "bench_load": {"osl": 8}}, "the load of bench_load"),
+        ({"bench_tool": "sglang", "bench_request_rate": "4", "bench_arrival": "gamma:2"}, "sends poisson arrivals"),
+        ({"bench_tool": "vllm", "bench_request_rate": "4", "bench_arrival": "constant"}, "sends poisson or gamma:B arrivals"),
+        ({"bench_tool": "sglagn"}, "bench_tool"),
+    ],
+)
+def test_a_load_that_the_other_client_cannot_send_is_refused(given: Json, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        spec(tmp_path, **given)

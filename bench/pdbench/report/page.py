@@ -11,7 +11,8 @@ import jinja2
 
 from pdbench import __version__
 from pdbench.gate.rundata import RunData
-from pdbench.report import split, words
+from pdbench.peers import beside
+from pdbench.report import peers, split, words
 from pdbench.report.figures import FIGURES, Sheet, draw
 from pdbench.report.look import DARK, ROLE_COLOURS
 from pdbench.report.picture import cluster
@@ -35,9 +36,9 @@ def render(run: RunData, verdict: words.Verdict, sheet: Sheet, light: dict[str, 
         deployment=words.deployment(run) + words.seen(verdict),
         workload=words.workload(run),
         picture=cluster(run.plan) if run.plan else "",
-        tables=results(run.points),
+        tables=[*results(run.points), *peers.tables(run)],
         split=split.sentences(run.points),
-        notes=words.notes(run.points, verdict),
+        notes=[*words.notes(run.points, verdict), *beside.problems(run.summary)],
         plots=[(name, text, _inline(light[name]), _inline(draw(name, dark, "svg")[0])) for name, text in plots],
         missing=words.missing(run),
         definitions=words.definitions(),

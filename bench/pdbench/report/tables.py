@@ -27,12 +27,16 @@ _THROUGHPUTS = (
 
 @dataclass(frozen=True)
 class Table:
-    """``head``: (column name, how many columns of ``rows`` it spans); ``under``: names below it, or empty."""
+    """``head``: (column name, how many columns of ``rows`` it spans); ``under``: names below it, or empty.
+
+    ``prose``: the last column is words.
+    """
 
     caption: str
     head: list[tuple[str, int]]
     under: list[str]
     rows: list[list[str]]
+    prose: bool = False
 
 
 def number(value: object) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
-from . import bench_load
+from . import bench_load, bench_peers
 from .errors import UserError
 from .units import KEY_FILE
 
@@ -80,10 +80,11 @@ def make(
     root: str,
     now: float,
 ) -> Json:
-    """Return the run: ``client``, ``argv`` and ``selfcheck`` ({dir} stands for its folder there), ``needed_mb``, ``install`` and more."""
+    """Return the run: ``client``, ``argv``, ``selfcheck`` and ``after`` ({dir} stands for its folder there), ``needed_mb``, ``install`` and more."""
     if not clients:
         raise UserError("bench_clients is empty: name the host that sends the load in that group of the inventory")
     where = client(cluster, clients[0], hosts, root)
+    bench_peers.check(cluster, bool(plan["emulated"]))
     files = bench_load.files(cluster, root)
     prompt, answer = bench_load.tokens(cluster)
     counts = [point.requests for point in bench_load.points(cluster)]
@@ -101,9 +102,13 @@ def make(
         "run_id": run_id(plan, cluster["run_label"], now),
         "argv": argv,
         "selfcheck": check if cluster["bench_selfcheck"] else [],
+        "after": bench_peers.command(where, plan, cluster, files),
         "files": files,
         "load": cluster["bench_load"],
         "needed_mb": cluster["bench_min_free_mb"] + needed // 1_000_000,
-        "install": [{"name": VENV, "requirements": ["requirements/pdbench.txt", *tokenizer, "pdbench"]}],
+        "install": [
+            {"name": VENV, "requirements": ["requirements/pdbench.txt", *tokenizer, "pdbench"]},
+            *bench_peers.installs(cluster),
+        ],
         "max_error_rate": cluster["bench_max_error_rate"],
     }

@@ -403,6 +403,14 @@ def _table() -> Dict[str, Variable]:
             minimum=0.001,
             unit="ms",
         ),
+        v(
+            "bench_tool",
+            "str",
+            "pdbench",
+            BENCH,
+            "`sglang` or `vllm`: their own bench client after pdbench, at the same load points, and its figures beside ours.",
+            choices=("pdbench", "sglang", "vllm"),
+        ),
         # -- verbs
         v("run_label", "str", "", VERB, "Words for the run's folder name and report."),
         v("results_dir", "str", "results", VERB, "Where runs go on the controller, relative to the checkout."),
