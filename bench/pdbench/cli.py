@@ -15,7 +15,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
     "export": ("pdbench.export", "report", "a run as another tool's result file: SGLang's JSON lines"),
-    "report": ("pdbench.report.cli", "report", "plots and report.html from a run's folder"),
+    "report": ("pdbench.report.cli", "report", "plots and report.html from the folder of a run or a sweep"),
 }
 
 
