@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from pdbench.compare.judge import ENOUGH
 from pdbench.report.tables import Table as Rows
 from pdbench.report.tables import number as shown
 from pdbench.sweep.report.choose import Decision, Interval, interval
@@ -122,6 +123,12 @@ def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] =
     if table.nothing:
         runs = [f"{row.get('cell')} (repeat {row.get('repeat')}: {row.get('invalid_reasons')})" for row in table.nothing]
         lines.append(f"{_many(len(runs), 'run')} measured nothing: {_some(runs)}.")
+    few = min((len(cell.rows) for cell in table.measured), default=ENOUGH)
+    if few < ENOUGH and any(one.state == "undecided" for one in found):
+        lines.append(
+            f"With fewer than {ENOUGH} valid repeats of a configuration, only large differences can be shown; more repeats show "
+            "smaller ones (`pdbench compare` says how many)."
+        )
     lost = [cell for cell in table.cells if cell not in table.measured]
     if lost:
         lines.append(f"{_many(len(lost), 'cell')} of {len(table.cells)} had no valid repeat and count in nothing above.")
@@ -134,8 +141,8 @@ def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] =
         lines.append(f"Not every configuration was measured under every load; missing: {_some(holes)}.")
     if len({cell.gpus for cell in table.measured}) > 1:
         lines.append(
-            "Configurations hold different numbers of GPUs (their names say how many). Figures are per GPU over all of them, but "
-            "the load was the same: fewer GPUs are busier under it, which favours them here. Compare those of one size."
+            "Configurations hold different numbers of GPUs (the names of the odd ones say so). Figures are per GPU over all of "
+            "them, but the load was the same: fewer GPUs are busier under it, which favours them here. Compare those of one size."
         )
     return lines
 
@@ -158,11 +165,11 @@ def best_table(table: Table, found: Sequence[Decision]) -> Rows:
                 table.load_label(one.load),
                 verdict,
                 bounded(interval(leader, table.under(one.load))),
-                *(shown(leader.mean(metric)) for metric in ("tok_s_user", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_mean")),
+                *(shown(leader.mean(metric)) for metric in ("tok_s_user", "ttft_ms_p50", "itl_ms_mean")),
                 lead,
             ]
         )
-    head = ["load", "best", "tokens/s per GPU (95 %)", "tokens/s per user", "TTFT p50 (ms)", "TTFT p99 (ms)", "ITL mean (ms)"]
+    head = ["load", "best", "tokens/s per GPU (95 %)", "tokens/s per user", "TTFT p50 (ms)", "ITL mean (ms)"]
     head += ["lead (95 %) over the next"]
     return Rows("Best configuration by load", [(name, 1) for name in head], [], rows)
 

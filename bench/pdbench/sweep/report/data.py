@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -214,8 +215,11 @@ def _labels(keys: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str
     """Name each configuration by its ratio and by whatever else differs within the sweep."""
     distinct = list(dict.fromkeys(keys))
     names = list(dict.fromkeys(name for key in distinct for name, _ in key))
-    # An aggregated deployment has no transfer backend: that it differs there says nothing new.
-    differ = [name for name in names if len({dict(key).get(name, "") for key in distinct} - _silent(name)) > 1]
+    # An aggregated deployment has no transfer backend: that it differs there says nothing new. Of sizes, the odd ones are told.
+    sizes = Counter(dict(key).get("gpus", "") for key in distinct)
+    silent = {name: {"", "none"} if name == "transfer_backend" else {""} for name in names}
+    differ = [name for name in names if len({dict(key).get(name, "") for key in distinct} - silent[name]) > 1]
+    silent["gpus"] = {max(sizes, key=lambda size: sizes[size])}
     found: dict[tuple[tuple[str, str], ...], str] = {}
     for key in distinct:
         parts = dict(key)
@@ -223,14 +227,10 @@ def _labels(keys: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str
         shown += [
             parts[name] if name in (*_PARTS, "source", "gpus") else f"{name}={parts[name]}"
             for name in differ
-            if name != "ratio" and parts.get(name) and parts[name] not in _silent(name)
+            if name != "ratio" and parts.get(name) and parts[name] not in silent[name]
         ]
         found[key] = " · ".join(shown)
     return found
-
-
-def _silent(name: str) -> set[str]:
-    return {"none", ""} if name == "transfer_backend" else set()
 
 
 def _config_order(config: Config) -> tuple[object, ...]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from pdbench.report.look import Theme
 from pdbench.sweep.report.choose import frontier, interval
 from pdbench.sweep.report.data import RATE, Cell, Config, Load, Table, number
-from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, load_axis, look, wide_span
+from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, load_axis, log_ticks, look, wide_span
 from pdbench.sweep.report.read import Sweep
 
 #: most loads that the figure of TTFT against prompt length shows: the lightest, the middle one, the heaviest
@@ -54,8 +53,7 @@ def _pareto(table: Table, theme: Theme, metric: str, label: str, higher_x: bool)
         ax.margins(x=0.12)
         if not higher_x and points and max(x for x, _ in points) >= _LOG_TTFT * min(x for x, _ in points):
             ax.set_xscale("log")
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            log_ticks(ax.xaxis)
         else:
             ax.set_xlim(left=0)
     from_zero(axes)
@@ -151,10 +149,8 @@ def ttft_by_length(sweep: Sweep, theme: Theme) -> Figure:
         ax.set_title(f"{config.label}, {load.label}", fontsize=8.5)
         _outer(ax)
     if not wide_span(axes, heights):
-        from_zero(axes)
-    ends = [ax.get_ylim() for ax in axes]
-    for ax in axes:
-        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        for ax in axes:
+            ax.set_ylim(0, 1.1 * max(heights, default=1.0))
     legend_of_all(figure, axes)
     return figure
 

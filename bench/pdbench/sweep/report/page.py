@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from pdbench import __version__, attribution
 from pdbench.records import replacing
 from pdbench.report.draw import inline
@@ -71,7 +73,7 @@ def render(sweep: Sweep, light: dict[str, bytes]) -> str:
         left_out=left_out(sweep),
         split=[f"{label}: {attribution.in_words(found)}" for label, found in inside.stages(sweep)],
         trust=[answer.trust_table(table, grades)],
-        pictures=[(config.label, cluster(plan)) for config, plan in sweep.plans.items()],
+        pictures=[(config.label, _picture(plan, n)) for n, (config, plan) in enumerate(sweep.plans.items())],
         commands=_commands(sweep),
         versions=_versions(sweep),
         runs=_runs(sweep),
@@ -91,6 +93,11 @@ def _about(sweep: Sweep) -> str:
         f"{', '.join(models) or 'no model'}: {len(table.configs)} configurations, {len(table.loads)} loads, "
         f"{many} runs, {len(rows)} load points{when}."
     )
+
+
+def _picture(plan: Json, number: int) -> Markup:
+    """Return the picture of a plan; its arrow heads have names of their own: a page has several pictures."""
+    return Markup(str(cluster(plan)).replace("url(#tip)", f"url(#tip{number})").replace('id="tip"', f'id="tip{number}"'))
 
 
 def _unmeasured(sweep: Sweep) -> list[str]:

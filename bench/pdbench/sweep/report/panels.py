@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pdbench.report.look import Theme
 from pdbench.sweep.report.data import Config, Table
@@ -60,14 +61,22 @@ def from_zero(axes: Sequence[Axes]) -> None:
 
 
 def wide_span(axes: Sequence[Axes], values: Sequence[float]) -> bool:
-    """Tell whether values span so much that small ones could not be told apart from 0; the panels' y is logarithmic then."""
+    """Tell whether values span so much that small ones could not be told apart from 0; they have one logarithmic y then."""
     known = [value for value in values if value > 0]
     if not known or max(known) < _WIDE * min(known):
         return False
     for ax in axes:
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.set_ylim(0.8 * min(known), 1.25 * max(known))
+        log_ticks(ax.yaxis)
     return True
+
+
+def log_ticks(axis: Axis) -> None:
+    """Name 1, 2 and 5 of every power of ten on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_of_all(figure: Figure, axes: Sequence[Axes], columns: int = 6) -> None:
@@ -77,5 +86,5 @@ def legend_of_all(figure: Figure, axes: Sequence[Axes], columns: int = 6) -> Non
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     longest = max(map(len, found), default=1)
-    fits = max(1, int(figure.get_size_inches()[0] * 12 / (longest + 6)))
+    fits = max(1, int(figure.get_size_inches()[0] * 10 / (longest + 6)))
     figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=min(columns, fits))
