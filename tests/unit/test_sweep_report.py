@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from unit.sweepfolder import sweep
 from unit.test_report_page import Page
 
 from pdbench.cli import main
 from pdbench.compare.judge import Run
-from pdbench.report.look import DARK, LIGHT
-from pdbench.sweep.report import answer
+from pdbench.report.look import DARK, LIGHT, Theme
+from pdbench.sweep.report import answer, heat, lines
 from pdbench.sweep.report.choose import Decision, decisions, frontier, interval
 from pdbench.sweep.report.data import RATE, Cell, Table, table
 from pdbench.sweep.report.figures import FIGURES, alt, draw, left_out, shown
-from pdbench.sweep.report.lines import lengths
 from pdbench.sweep.report.read import Sweep, load
 from pdbench.sweep.trust import NARROW, REQUESTS, RULES, Facts, grade
 
@@ -226,6 +229,76 @@ def test_the_bounds_of_the_grades() -> None:
     assert grade(Facts(1, 0, 100, None, True)).letter == "C"
 
 
+# --- figures of a table
+
+
+def of(rows: Sequence[Row]) -> Sweep:
+    made, found = decided(rows)
+    return Sweep(Path("nowhere"), {}, list(rows), made, found)
+
+
+def drawn_lines(axes: Sequence[Axes]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(panel, label) -> the points of every line."""
+    found = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            line: Any = handle.lines[0] if hasattr(handle, "lines") else handle
+            xs, ys = (np.asarray(values, dtype=float).tolist() for values in (line.get_xdata(), line.get_ydata()))
+            found[ax.get_title(), label] = list(zip(xs, ys, strict=True))
+    return found
+
+
+def test_lines_are_the_figures_of_the_table() -> None:
+    rows = [
+        row(ratio, 100.0 * place + size + length, concurrency=size, isl=length, ttft_ms_p50=7.0 * size, itl_ms_mean=2.0 + size)
+        for place, ratio in enumerate(("2agg", "1p1d"), 1)
+        for size in (4, 16, 1)
+        for length in (256.0, 512.0)
+    ]
+    expected: list[tuple[Callable[[Sweep, Theme], Figure], Callable[[float, float, float], float]]] = [
+        (lines.throughput, lambda place, size, length: 100.0 * place + size + length),
+        (lines.ttft, lambda place, size, length: 7.0 * size),
+        (lines.itl, lambda place, size, length: 2.0 + size),
+    ]
+    for plot, value in expected:
+        figure = plot(of(rows), LIGHT)
+        assert drawn_lines(figure.axes) == {
+            (f"{length:g} in / 64 out", ratio): [(size, value(place, size, length)) for size in (1, 4, 16)]
+            for place, ratio in enumerate(("2agg", "1p1d"), 1)
+            for length in (256.0, 512.0)
+        }
+        plt.close(figure)
+
+
+def test_ttft_against_prompt_length_has_a_line_an_output_length() -> None:
+    rows = [
+        row("1p1d", 10.0, concurrency=size, isl=isl, osl=osl, ttft_ms_p50=isl / 8 + osl + size)
+        for size in (1, 2, 4, 8)
+        for isl in (256.0, 512.0, 1024.0)
+        for osl in (64.0, 128.0)
+    ]
+    figure = lines.ttft_by_length(of(rows), LIGHT)
+    # the lightest load, one in the middle, the heaviest
+    assert drawn_lines(figure.axes) == {
+        (f"1p1d, concurrency {size}", f"{osl:g} output tokens"): [(isl, isl / 8 + osl + size) for isl in (256, 512, 1024)]
+        for size in (1, 4, 8)
+        for osl in (64, 128)
+    }
+    plt.close(figure)
+
+
+def test_the_map_names_a_winner_only_where_there_is_one() -> None:
+    rows = [row(ratio, base + n, n, concurrency=4) for ratio, base in (("1p1d", 100.0), ("2p1d", 200.0)) for n in range(3)]
+    rows += [row(ratio, 100.0 + n, n, concurrency=8) for ratio in ("1p1d", "2p1d") for n in range(3)]
+    figure = heat.best_map(of(rows), LIGHT)
+    (ax,) = figure.axes
+    first, second = (text.get_text() for text in ax.texts)
+    assert first.startswith("2p1d\n+")
+    assert second.startswith("undecided\n")
+    assert [bool(patch.get_hatch()) for patch in ax.patches] == [False, True]
+    plt.close(figure)
+
+
 # --- the whole, from folders
 
 
@@ -259,7 +332,7 @@ def test_invalid_cells_are_in_no_figure(read: Sweep) -> None:
 
 def test_a_figure_with_nothing_to_show_is_left_out_with_a_sentence(read: Sweep, tmp_path: Path) -> None:
     assert "ttft_by_length" not in shown(read)
-    assert lengths(read.table) == []
+    assert lines.lengths(read.table) == []
     assert any("prompt length” is left out: no two prompt lengths" in line for line in left_out(read))
     nothing = load(sweep(tmp_path / "none", ("1p1d",), repeats=1, num_requests=4, invalid={("1p1d-64x6", 1)}))
     assert shown(nothing) == []
