@@ -22,8 +22,9 @@ from unit.test_report_page import Page
 
 from pdbench.cli import main
 from pdbench.compare.judge import Run
+from pdbench.records import Record
 from pdbench.report.look import DARK, LIGHT, Theme
-from pdbench.sweep.report import answer, heat, lines
+from pdbench.sweep.report import answer, heat, inside, lines
 from pdbench.sweep.report.choose import Decision, decisions, frontier, interval
 from pdbench.sweep.report.data import RATE, Cell, Table, table
 from pdbench.sweep.report.figures import FIGURES, alt, draw, left_out, shown
@@ -297,6 +298,28 @@ def test_the_map_names_a_winner_only_where_there_is_one() -> None:
     assert second.startswith("undecided\n")
     assert [bool(patch.get_hatch()) for patch in ax.patches] == [False, True]
     plt.close(figure)
+
+
+@given(st.lists(st.floats(0.0, 9.0), min_size=8, max_size=40), st.integers(1, 5), st.booleans())
+def test_rates_over_time_add_up_to_the_requests(begins: list[float], events: int, counted: bool) -> None:
+    records = [
+        Record(
+            0, i, "measure", 64, 2 * events, begin, begin, begin + 0.5, begin + 0.5 + events, output_tokens=2 * events, ok=True
+        )
+        for i, begin in enumerate(begins)
+    ]
+    for record in records:
+        record.chunk_s = [record.first_s + n for n in range(events)]
+        record.chunk_tokens = [2] * events if counted else []
+    (cell,) = table([row("1p1d", 1.0)]).cells
+    found = inside.over_time(cell, records)
+    assert found is not None
+    width = found.when[1] - found.when[0]
+    # Smoothing counts the first and the last part twice at most.
+    for rate in (found.prefill, found.decode):
+        edges = (rate[0] + rate[-1]) * width
+        assert abs(rate.sum() * width - len(records)) <= max(edges, 1e-6)
+    assert inside.over_time(cell, records[:7]) is None
 
 
 # --- the whole, from folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,7 +72,7 @@ def rates(sweep: Sweep) -> list[Rates]:
     found = []
     for cell in sweep.table.under(load) if load else []:
         for row in cell.rows:
-            if made := _rates(cell, _records(sweep, row)):
+            if made := over_time(cell, _records(sweep, row)):
                 found.append(made)
                 break
     return found
@@ -85,7 +86,8 @@ def _records(sweep: Sweep, row: Row) -> list[Record]:
     return next((point.good for point in points if point.index == row.get("point")), [])
 
 
-def _rates(cell: Cell, records: list[Record]) -> Rates | None:
+def over_time(cell: Cell, records: list[Record]) -> Rates | None:
+    """Return the rates of a run's good requests, smoothed over three parts of its time; None for too few to say."""
     good = [r for r in records if r.chunk_s and not math.isnan(r.first_s)]
     if len(good) < _LEAST:
         return None
@@ -94,10 +96,15 @@ def _rates(cell: Cell, records: list[Record]) -> Rates | None:
     asked = [max(r.prompt_tokens_asked, 1) for r in good]
     first = np.histogram([r.first_s for r in good], edges, weights=asked)[0] / np.mean(asked)
     times = [t for r in good for t in r.chunk_s]
-    tokens = [n for r in good for n in r.chunk_tokens]
+    tokens = [float(n) for r in good for n in _tokens(r)]
     out = np.histogram(times, edges, weights=tokens)[0] / max(1.0, sum(tokens) / len(good))
     width = (end - start) / _BINS
     return Rates(cell, (edges[:-1] + edges[1:]) / 2 - start, _smooth(first) / width, _smooth(out) / width)
+
+
+def _tokens(record: Record) -> Sequence[float]:
+    """Return the tokens of each event; where the server does not say, all events of an answer hold the same."""
+    return record.chunk_tokens or [max(record.output_tokens, 1) / len(record.chunk_s)] * len(record.chunk_s)
 
 
 def _smooth(values: Curve) -> Curve:
