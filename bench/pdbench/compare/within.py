@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pdbench import intervals
@@ -26,9 +27,10 @@ from pdbench.records import MEASURE, NOT_REPORTED
 
 #: degrees of freedom that a variance of 20 batches has
 DF = intervals.BATCHES - 1
+#: what makes two requests the same; runs made before conversations lack the last two
+_TOLD = ("index", "prompt_tokens_asked", "output_tokens_asked", "conversation", "turn")
 _COLUMNS = [
-    *("point", "index", "phase", "prompt_tokens_asked", "output_tokens_asked", "conversation", "turn", "ok"),
-    *("sent_s", "first_s", "end_s", "chunk_s", "prompt_tokens", "output_tokens"),
+    *("point", "phase", *_TOLD, "ok", "sent_s", "first_s", "end_s", "chunk_s", "prompt_tokens", "output_tokens"),
 ]
 
 
@@ -51,24 +53,17 @@ class Requests:
     gap_batch: Ints
     slo: dict[str, float] = field(default_factory=dict)
 
-    def same_requests(self, other: Requests) -> bool:
-        """Tell whether both were sent the same lengths in the same order."""
-        return self.asked.shape == other.asked.shape and bool((self.asked == other.asked).all())
-
 
 def read(folder: Path, point: int, slo: dict[str, float] | None = None) -> Requests:
     """Read the requests of a run's load point; raise OSError or ValueError when requests.parquet is missing or no such file."""
     path = folder / "requests.parquet"
     names = set(pq.read_schema(path).names)
     rows = pq.read_table(path, columns=[name for name in _COLUMNS if name in names])
-    rows = rows.filter(pa.compute.and_(pa.compute.equal(rows["point"], point), pa.compute.equal(rows["phase"], MEASURE)))
-    rows = rows.sort_by("index")
+    rows = _measured(rows, point)
 
     def numbers(name: str) -> Floats:
         return np.asarray(rows[name].to_numpy(), dtype=np.float64)
 
-    told = ("index", "prompt_tokens_asked", "output_tokens_asked", "conversation", "turn")
-    asked = np.stack([rows[name].to_numpy() if name in names else np.zeros(len(rows)) for name in told], axis=1).astype(np.int64)
     ok = rows["ok"].to_numpy().astype(bool)
     batch = intervals.batches(len(rows))
     chunks = rows["chunk_s"].combine_chunks()
@@ -80,7 +75,7 @@ def read(folder: Path, point: int, slo: dict[str, float] | None = None) -> Reque
     inputs = np.where(inputs == NOT_REPORTED, numbers("prompt_tokens_asked"), inputs)
     outputs = np.where(outputs == NOT_REPORTED, counts, outputs)
     return Requests(
-        asked,
+        _told(rows),
         batch[ok],
         numbers("sent_s")[ok],
         numbers("first_s")[ok],
@@ -91,6 +86,25 @@ def read(folder: Path, point: int, slo: dict[str, float] | None = None) -> Reque
         batch[owner[1:][inner]],
         slo or {},
     )
+
+
+def asked(folder: Path, point: int) -> Ints:
+    """Return what `Requests.asked` would be, without the times; raise as `read` does."""
+    path = folder / "requests.parquet"
+    names = set(pq.read_schema(path).names)
+    rows = pq.read_table(path, columns=[name for name in ("point", "phase", *_TOLD) if name in names])
+    return _told(_measured(rows, point))
+
+
+def _measured(rows: pa.Table, point: int) -> pa.Table:
+    mask = pc.and_(pc.equal(rows["point"], point), pc.equal(rows["phase"], MEASURE))
+    return rows.filter(mask).sort_by("index")
+
+
+def _told(rows: pa.Table) -> Ints:
+    there = set(rows.column_names)
+    columns = [rows[name].to_numpy() if name in there else np.zeros(len(rows)) for name in _TOLD]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _values(run: Requests, metric: str) -> tuple[Floats, Ints]:
@@ -126,9 +140,13 @@ def replicates(run: Requests, metric: str) -> tuple[Floats, bool]:
     if len(run.sent) < intervals.BATCHES:
         return np.empty(0), False
     if metric.endswith("_per_gpu"):
-        edges = np.linspace(run.sent.min(), run.end.max(), intervals.BATCHES + 1)
-        spans = np.clip(np.searchsorted(edges, run.end, side="left") - 1, 0, intervals.BATCHES - 1)
-        amounts = np.bincount(spans, weights=_amounts(run, metric), minlength=intervals.BATCHES)
+        edges = np.linspace(run.sent.min(), run.end.max(), intervals.BATCHES + 1)[:, None]
+        # Each request's share is spread over the time it was worked on: all of it at its end would add noise of its own.
+        begin, end = {"output": (run.first, run.end), "input": (run.sent, run.first)}.get(
+            metric.split("_")[0], (run.sent, run.end)
+        )
+        done = np.clip((edges - begin) / np.maximum(end - begin, 1e-9), 0.0, 1.0)
+        amounts = np.diff(done @ _amounts(run, metric))
         rest = (amounts.sum() - amounts) / (intervals.BATCHES - 1)
         return (np.log(rest), False) if (rest > 0).all() else (np.empty(0), False)
     name, _, statistic = metric.rpartition("_") if metric != "tok_s_user" else (metric, "", "mean")
@@ -140,8 +158,18 @@ def replicates(run: Requests, metric: str) -> tuple[Floats, bool]:
         left = (sums.sum() - sums) / (sizes.sum() - sizes)
     else:
         share = int(statistic.removeprefix("p")) / 100
-        left = np.array([np.quantile(values[batch != b], share) for b in range(intervals.BATCHES)])
+        order = np.argsort(values, kind="stable")
+        values, batch = values[order], batch[order]
+        left = np.array([_quantile(values[batch != b], share) for b in range(intervals.BATCHES)])
     return (np.log(left), True) if (left > 0).all() else (np.empty(0), False)
+
+
+def _quantile(ordered: Floats, share: float) -> float:
+    """Return what np.quantile does, of values that are sorted already."""
+    place = (ordered.size - 1) * share
+    low = int(place)
+    high = min(low + 1, ordered.size - 1)
+    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
 
 
 def variance(replicated: Floats) -> float:

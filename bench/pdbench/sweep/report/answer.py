@@ -61,8 +61,8 @@ def sentence(table: Table, one: Decision) -> str:
     names = ", ".join(cell.config.label for cell in one.rivals)
     why = f" ({one.why})" if one.why else ""
     return (
-        f"At {where}: no difference was shown between {name}, {value}, and {names}{why}; it is {percent(one.lead)} "
-        f"against {rival}."
+        f"At {where}: no difference was shown between {name}, {value}, and {names}{why}; its lead over {rival} "
+        f"is {percent(one.lead)}."
     )
 
 
@@ -127,7 +127,7 @@ def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] =
     if few < ENOUGH and any(one.state == "undecided" for one in found):
         lines.append(
             f"With fewer than {ENOUGH} valid repeats of a configuration, only large differences can be shown; more repeats show "
-            "smaller ones (`pdbench compare` says how many)."
+            "smaller ones (pdbench compare says how many)."
         )
     lost = [cell for cell in table.cells if cell not in table.measured]
     if lost:

@@ -13,7 +13,7 @@ from pdbench.sweep.report.data import RATE, Cell, Load, Table
 
 #: the same for a reader
 IN_SHORT = (
-    "The configuration with the highest figure is compared with every other one under the same load, as `pdbench compare` does: "
+    "The configuration with the highest figure is compared with every other one under the same load, as pdbench compare does: "
     f"by the runs alone from {ENOUGH} repeats on, before that by the noise within runs and {100 * ASSUMED:g} % that a run may be "
     "off by itself. It is called the best only if it differs from every other one; all comparisons of the sweep are judged "
     "together at 95 % (Holm). The interval of a single figure is of 95 %, too, from the spread between repeats, pooled over the "

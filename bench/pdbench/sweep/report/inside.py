@@ -127,7 +127,7 @@ def rate_match(sweep: Sweep, theme: Theme) -> Figure:
         if place is not None and place.is_first_col():
             ax.set_ylabel("requests' worth per s")
         ax.set_xlabel("s since the first request")
-    legend_of_all(figure, axes, 2)
+    legend_of_all(figure, axes, columns=2)
     return figure
 
 
@@ -190,5 +190,5 @@ def kv_moved(sweep: Sweep, theme: Theme) -> Figure:
     axes[0].set_xlabel("s since the load point began")
     axes[0].set_ylabel(f"KV cache moved ({unit})")
     from_zero(axes)
-    legend_of_all(figure, axes)
+    legend_of_all(figure, axes, sweep.table)
     return figure

@@ -58,7 +58,7 @@ def _pareto(table: Table, theme: Theme, metric: str, label: str, higher_x: bool)
             ax.set_xlim(left=0)
     from_zero(axes)
     axes[0].set_ylabel("output tokens/s per GPU (all GPUs)")
-    legend_of_all(figure, axes)
+    legend_of_all(figure, axes, table)
     return figure
 
 
@@ -96,7 +96,7 @@ def _against_load(table: Table, theme: Theme, metric: str, label: str, intervals
     if intervals or not wide_span(axes, heights):
         from_zero(axes)
     axes[0].set_ylabel(label)
-    legend_of_all(figure, axes)
+    legend_of_all(figure, axes, table)
     return figure
 
 
@@ -151,7 +151,7 @@ def ttft_by_length(sweep: Sweep, theme: Theme) -> Figure:
     if not wide_span(axes, heights):
         for ax in axes:
             ax.set_ylim(0, 1.1 * max(heights, default=1.0))
-    legend_of_all(figure, axes)
+    legend_of_all(figure, axes, table)
     return figure
 
 

@@ -79,12 +79,16 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend_of_all(figure: Figure, axes: Sequence[Axes], columns: int = 6) -> None:
-    """Put one legend above the figure: every label of any panel, once."""
+def legend_of_all(figure: Figure, axes: Sequence[Axes], table: Table | None = None, columns: int = 6) -> None:
+    """Put one legend above the figure: every label of any panel, once, configurations in their order first."""
     found: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    known = [config.label for config in table.configs] if table else []
+    found = {
+        label: found[label] for label in sorted(found, key=lambda label: known.index(label) if label in known else len(known))
+    }
     longest = max(map(len, found), default=1)
     fits = max(1, int(figure.get_size_inches()[0] * 10 / (longest + 6)))
     figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=min(columns, fits))
