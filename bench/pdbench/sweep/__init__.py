@@ -1,0 +1,1 @@
+"""Sweeps: many cells measured in turn, and the one table made of their runs."""
