@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
     "export": ("pdbench.export", "report", "a run as another tool's result file: SGLang's JSON lines"),
+    "sweep": ("pdbench.sweep.cli", "report", "deploy and measure every cell of a file, in the order that restarts least"),
     "report": ("pdbench.report.cli", "report", "plots and report.html from a run's folder"),
 }
 
