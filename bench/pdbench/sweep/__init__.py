@@ -1,1 +1,1 @@
-"""Sweeps: many benchmark runs over deployments and loads, from one file, in the order that restarts least (docs/sweeps.md)."""
+"""Sweeps: many cells measured in turn, and the one table made of their runs."""

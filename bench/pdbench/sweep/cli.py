@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-l", "--limit", metavar="PATTERN", help="only these hosts, as for ansible-playbook")
     made.add_argument("--output", type=Path, metavar="DIR", help="the sweep's folder (default: results/sweeps/NAME)")
     made.add_argument("--resume", action="store_true", help="go on with the folder: what has no valid run is measured")
-    made.add_argument("--dry-run", action="store_true", help="check and plan every cell, print the order and its cost; contact no host")
+    made.add_argument("--dry-run", action="store_true", help="check and plan all, print the order and its cost; contact no host")
     return made
 
 

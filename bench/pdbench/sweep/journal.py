@@ -44,7 +44,7 @@ class Journal:
             try:
                 found.append(dict(json.loads(line)))
             except ValueError:
-                raise UserError(f"{self.path}, line {number}: not JSON; take the line out, and its cell is measured again") from None
+                raise UserError(f"{self.path}, line {number}: not JSON; take the line out") from None
         return found
 
     def write(self, event: str, **fields: Any) -> None:

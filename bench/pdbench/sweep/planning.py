@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pdbench.sweep.checkout import ROOT
@@ -12,6 +13,7 @@ from pdbench.sweep.grid import Cell, baseline_of, canonical, unique
 from pdlib import bench_load, bench_spec, plan, settings
 from pdlib import ratio as ratios
 from pdlib.errors import UserError
+from pdlib.variables import VARIABLES
 
 Json = dict[str, Any]
 #: (inventory, deployments' variables) -> what `playbooks/inputs.yml` writes for them.
@@ -48,8 +50,7 @@ class Cluster:
         planner.check_limit()
         planner.check_flags()
         names = [f"{role}-{i}" for role, count in planner.ratio.counts().items() for i in range(count)]
-        said = {k: v for k, v in self.cluster.items() if k != "ratio"}
-        content = canonical([said, self.hosts])
+        content = canonical([{k: v for k, v in said.items() if k != "ratio"} for said in (self.cluster, *self.hosts.values())])
         rank = {"host": "?", "argv": [content], "env": {}, "gpus": []}
         return {
             "ratio": str(planner.ratio), "engine": planner.engine.name, "emulated": planner.engine.emulated,
@@ -102,7 +103,7 @@ def make(found: Sequence[Cell], baseline: bool, resolve: Resolve) -> Planned:
         inputs = resolve(inventory, list(deployments.values()))
         for key, given, deploy in zip(deployments, inputs["cases"], deployments.values(), strict=True):
             first = next(cell for cell in found if cell.deployment == key)
-            made.clusters[key] = _checked(first, lambda i=inputs, g=given, d=deploy: _cluster(i, g, d))
+            made.clusters[key] = _checked(first, partial(_cluster, inputs, given, deploy))
     for cell in found:
         _plan(made, cell)
     if baseline:
@@ -136,7 +137,7 @@ def _plan(made: Planned, cell: Cell) -> None:
 def load_of(cell: Cell, cluster: Cluster) -> Json:
     """Return the cluster's settings with the cell's load."""
     where = f"cell {cell.id}"
-    given = {name: settings.convert(settings.VARIABLES[name], value, where) for name, value in cell.load.items()}
+    given = {name: settings.convert(VARIABLES[name], value, where) for name, value in cell.load.items()}
     return {**cluster.cluster, **given}
 
 
@@ -176,4 +177,3 @@ def _add_baselines(made: Planned) -> None:
 def _note(made: Planned, text: str) -> None:
     if text not in made.notes:
         made.notes.append(text)
-

@@ -32,7 +32,7 @@ _TICK_S = 0.25
 
 @dataclass
 class Play:
-    """One ansible-playbook command: ``rc`` once it ended, ``why``: what the first host that failed said, ``line``: its last words."""
+    """One ansible-playbook command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words."""
 
     playbook: str
     variables: Mapping[str, Any]
@@ -133,7 +133,9 @@ class Plays:
         fetched: Set[str] = frozenset(),
         steal: bool = False,
     ):
-        """``loads``: as `grid.loads` numbers them. ``tick``: shows a play's last line. ``fetched``: deployments whose model is
+        """Take what all plays of the sweep share.
+
+        ``loads``: as `grid.loads` numbers them. ``tick``: shows a play's last line. ``fetched``: deployments whose model is
         fetched by us. ``steal``: take over the deployment's lock, once.
         """
         self.folder, self.limit, self.loads, self.tick, self.fetched, self.steal = folder, limit, loads, tick, fetched, steal
@@ -177,7 +179,9 @@ class Plays:
     def _collect(self, staging: Path, folder: Path) -> None:
         """Move the run into ``folder``, and runs of others that were found on the client beside the cells."""
         latest = staging / "latest"
-        runs = sorted(path for path in staging.iterdir() if path.is_dir() and not path.is_symlink() and not path.name.startswith("."))
+        runs = sorted(
+            path for path in staging.iterdir() if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+        )
         label = f"-{folder.parent.name}-{folder.name}"
         own = latest.resolve() if latest.is_symlink() else next((run for run in runs if run.name.endswith(label)), None)
         for run in runs:
@@ -238,6 +242,7 @@ def end_orphans(folder: Path) -> list[int]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a sweep as Ctrl-C does, so that its play is ended, too."""
+
     def raised(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -247,4 +252,3 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -131,7 +131,10 @@ def _measure(
             Sweep(folder, planned.cells, wanted, kept, driver, view).run(read.retries, read.fetch_ahead)
     except KeyboardInterrupt:
         kept.write("interrupted")
-        print(f"\ninterrupted; the running cell is lost, the others are kept. Go on with:\n  {_again(args, folder)}", file=sys.stderr)
+        print(
+            f"\ninterrupted; the running cell is lost, the others are kept. Go on with:\n  {_again(args)}",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     finally:
         driver.close()
@@ -139,11 +142,14 @@ def _measure(
     print(f"\n{text}\n")
     _finish(folder)
     if not good:
-        print(f"some cells have no valid run (journal.jsonl says why); to try them again:\n  {_again(args, folder)}", file=sys.stderr)
+        print(
+            f"some cells have no valid run (journal.jsonl says why); to try them again:\n  {_again(args)}",
+            file=sys.stderr,
+        )
     return VALID if good else INVALID
 
 
-def _again(args: argparse.Namespace, folder: Path) -> str:
+def _again(args: argparse.Namespace) -> str:
     words = ["pdbench sweep", str(args.spec)]
     words += ["-i", args.inventory] if args.inventory else []
     words += ["-l", args.limit] if args.limit else []

@@ -36,8 +36,8 @@ _NOT_SWEPT = ("run_label", "results_dir", "plan_dir", "current_plan", "purge", "
 class Spec:
     """A sweep's file, typed.
 
-    ``fixed``: variables of every cell. ``axes``: of the grid, name -> values, each a dict of variables. ``listed``: cells of their
-    own. ``repeats``: rounds over all cells. ``retries``: more attempts of a cell that failed or was invalid. ``baseline``:
+    ``fixed``: variables of every cell. ``axes``: of the grid, name -> values, dicts of variables. ``listed``: cells of their own.
+    ``repeats``: rounds over all cells. ``retries``: more attempts of a cell that failed or was invalid. ``baseline``:
     whether aggregated workers on as many GPUs are added. ``fetch_ahead``: whether the next model is fetched during measurements.
     ``raw``: the file as read.
     """
@@ -111,7 +111,9 @@ def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _axis(axis: str, values: Any, where: str) -> list[Json]:
     if not isinstance(values, list) or not values:
-        raise UserError(f"{where}: grid: {axis}: expected a list of values, such as [{'3p1d, 2p2d' if axis == 'ratio' else '...'}]")
+        raise UserError(
+            f"{where}: grid: {axis}: expected a list of values, such as [{'3p1d, 2p2d' if axis == 'ratio' else '...'}]"
+        )
     place = f"{where}, grid"
     if ALIASES.get(axis, axis) in VARIABLES or axis == INVENTORY:
         found = [_variables({axis: value}, place) for value in values]
@@ -137,7 +139,7 @@ def _check_once(axes: Mapping[str, list[Json]], fixed: Mapping[str, Any], where:
 
 
 def _variables(given: Any, where: str) -> Json:
-    """Return variables by their full names, their values as written; raise UserError for what is no variable or no value of it."""
+    """Return variables by their full names, their values as written; raise UserError for what is none, or has a wrong value."""
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: expected a mapping of variables, and it is {given!r}")
     found: Json = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,10 +88,8 @@ def _points(run: Path) -> list[list[str]]:
         return []
     gpus = len({(rank["host"], gpu) for worker in plan["workers"] for rank in worker["ranks"] for gpu in rank["gpus"]})
     manifest: Json = {}
-    try:
+    with contextlib.suppress(OSError, ValueError):
         manifest = json.loads((run / "manifest.json").read_text())
-    except (OSError, ValueError):
-        pass
     points = summary.get("points") or [summary]
     paces = manifest.get("bench_request_rate") or manifest.get("bench_concurrency") or []
     unit = "/s" if manifest.get("bench_request_rate") else " in flight"
