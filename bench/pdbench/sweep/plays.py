@@ -32,7 +32,7 @@ _TICK_S = 0.25
 
 @dataclass
 class Play:
-    """One ansible-playbook command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words."""
+    """One command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words."""
 
     playbook: str
     variables: Mapping[str, Any]

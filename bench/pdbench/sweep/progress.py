@@ -58,6 +58,7 @@ class Progress:
 
     def done(self, verb: str, cell: Cell, repeat: int, seconds: float, ended: Ended) -> None:
         """A play ended."""
+        self.now = ("", 0)
         if ended.how == FINISHED:
             self.remaining.took(verb, cell.id, repeat, seconds)
             if verb == "bench":

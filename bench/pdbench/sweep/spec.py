@@ -158,10 +158,14 @@ def _variables(given: Any, where: str) -> Json:
         elif value is None:
             raise UserError(f"{where}: {name} has no value; leave it out to have the inventory's")
         else:
-            settings.check_templates({name: value})
+            if "{{" in str(value):
+                raise UserError(f"{where}: {name}={value!r}: a template belongs in the inventory or group_vars")
             settings.convert(VARIABLES[name], value, where)
             if name == "ratio":
-                value = str(ratios.parse(value))
+                try:
+                    value = str(ratios.parse(value))
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
         if name in found:
             raise UserError(f"{where}: {name} is set twice, by a short name and by its own")
         found[name] = value
