@@ -61,12 +61,14 @@ class Play:
         except BaseException:
             self.stop.set()
             thread.join(30)
+            # ansible-runner ends ansible-playbook; the workers that it forked are in sessions of their own.
+            end_orphans(self.scratch)
             raise
 
     def _run(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
         # Its name on the command line is how a later sweep knows a play that outlived this one.
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        folder = Path(tempfile.mkdtemp(dir=self.scratch.resolve()))
         try:
             given = folder / "variables.json"
             given.write_text(json.dumps(dict(self.variables)))
@@ -74,7 +76,7 @@ class Play:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
                     limit=self.limit, cmdline=f"-e @{given}", quiet=True, suppress_env_files=True,
-                    envvars={"ANSIBLE_NOCOLOR": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"},
+                    envvars={"ANSIBLE_NOCOLOR": "1", "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "plugins" / "callback"), "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"},
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)
@@ -230,12 +232,12 @@ def verdict(folder: Path, rc: int, why: str) -> Ended:
     return Ended(FAILED, why) if rc else Ended(FINISHED)
 
 
-def end_orphans(folder: Path) -> list[int]:
-    """End plays of this folder that outlived a sweep which was killed; the caller holds the folder's lock. Return their pids."""
-    mark = str((folder / SCRATCH).resolve()) + os.sep
+def end_orphans(scratch: Path) -> list[int]:
+    """End plays that outlived the sweep in whose ``scratch`` their variables lie (the caller holds its lock); return their pids."""
+    mark = str(scratch.resolve()) + os.sep
     found = [one.pid for one in processes.all_processes() if mark in one.command and one.pid != os.getpid()]
     processes.kill(found, 10.0)
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     return found
 
 

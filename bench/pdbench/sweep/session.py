@@ -106,7 +106,7 @@ def _measure(
 ) -> int:
     kept = journal.Journal(folder)
     last = next((one for one in reversed(kept.events) if one["event"] == "session"), None)
-    ended = plays.end_orphans(folder)
+    ended = plays.end_orphans(folder / plays.SCRATCH)
     kept.write("session", host=socket.gethostname(), pid=os.getpid(), resumed=args.resume, ended_plays=len(ended))
     if ended:
         print(f"\n{len(ended)} processes of plays that outlived the sweep before were ended")
