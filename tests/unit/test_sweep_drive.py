@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def synced() -> Iterator[list[int]]:
     """Thousands of lines are written here: the disk is not waited for, only counted."""
     calls: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal.os, "fsync", calls.append)
+        patch.setattr(os, "fsync", calls.append)
         yield calls
 
 

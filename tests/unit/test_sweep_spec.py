@@ -80,7 +80,7 @@ def test_axes_are_multiplied_and_listed_cells_come_after_them() -> None:
     assert [cell.inventory for cell in found] == ["inventory/x"] * 4 + ["inventory/y"]
 
 
-AXES = {
+AXES: dict[str, list[Any]] = {
     "ratio": ["agg", "2agg", "1p1d", "3p1d"],
     "concurrency": [1, 2, 4],
     "isl": [16, "16-32"],

@@ -76,7 +76,7 @@ class Play:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
                     limit=self.limit, cmdline=f"-e @{given}", quiet=True, suppress_env_files=True,
-                    envvars={"ANSIBLE_NOCOLOR": "1", "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "plugins" / "callback"), "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"},
+                    envvars=_environment(),
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)
@@ -100,6 +100,12 @@ class Play:
             self.why = f"{data.get('task', '?')} ({data.get('host', '?')}): {' '.join(said.split())[:600]}"
         # Events hold variables: nothing of them stays on disk.
         return False
+
+
+def _environment() -> dict[str, str]:
+    """Return what plays need beside ansible.cfg: ansible-runner puts a folder of its own in the place of our callbacks'."""
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    return {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "plugins" / "callback"), "PATH": path}
 
 
 def inventory_path(name: str) -> str:
@@ -217,7 +223,7 @@ class Plays:
         if self.fetching:
             self.fetching[1].stop.set()
             self.fetching[2].join(30)
-        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        end_orphans(self.folder / SCRATCH)
 
 
 def verdict(folder: Path, rc: int, why: str) -> Ended:
@@ -233,7 +239,7 @@ def verdict(folder: Path, rc: int, why: str) -> Ended:
 
 
 def end_orphans(scratch: Path) -> list[int]:
-    """End plays that outlived the sweep in whose ``scratch`` their variables lie (the caller holds its lock); return their pids."""
+    """End plays whose variables lie in ``scratch``, whoever began them (the caller holds the sweep's lock); return their pids."""
     mark = str(scratch.resolve()) + os.sep
     found = [one.pid for one in processes.all_processes() if mark in one.command and one.pid != os.getpid()]
     processes.kill(found, 10.0)
