@@ -119,10 +119,7 @@ def _measure(
     view = Progress(ids, len(wanted), remaining)
     driver = plays.Plays(
         folder, args.limit, grid.loads(planned.cells), view.tick,
-        fetched=frozenset(
-            key for key, one in planned.clusters.items()
-            if one.cluster["model_source"] in ("hub", "rsync") and not planned.plans[key]["emulated"]
-        ),
+        fetched=frozenset(key for key, one in planned.clusters.items() if one.cluster["model_source"] in ("hub", "rsync")),
         steal=last is not None and last["host"] != socket.gethostname(),
     )  # fmt: skip
     print(flush=True)
