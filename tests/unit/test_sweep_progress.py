@@ -39,18 +39,22 @@ def test_plain_lines_say_what_is_done_and_what_is_left_by_what_was_measured() ->
     out, now = io.StringIO(), [0.0]
     view = progress(out, now)
     play(view, now, "deploy", "a", 1, 500.0)
-    play(view, now, "bench", "a", 1, 50.0)
+    play(view, now, "bench", "a", 1, 400.0)
     play(view, now, "deploy", "b", 1, 10.0)
     lines = out.getvalue().splitlines()
     assert lines[0] == "[2/6  6 min 0 s left]  deploy a (round 1)"
-    # a: 50 s again; b: half of what was assumed, twice; the first deploy may install, so it teaches nothing
-    assert lines[3] == "[3/6  2 min 20 s left]  bench a (round 1): valid, 50 s"
-    assert lines[5] == "[3/6  110 s left]  deploy b (round 1): up, 10 s"
-    play(view, now, "bench", "b", 1, 30.0, Ended("invalid", "too slow"))
-    assert out.getvalue().splitlines()[-1].endswith("bench b (round 1): INVALID: too slow, 30 s")
+    # the first of each may install, so it teaches nothing
+    assert lines[3] == "[3/6  4 min 0 s left]  bench a (round 1): valid, 6 min 40 s"
+    assert lines[5] == "[3/6  3 min 30 s left]  deploy b (round 1): up, 10 s"
+    play(view, now, "bench", "b", 1, 25.0)
+    # b: 25 s again; a: half of what was assumed, and so is its deploy
+    assert out.getvalue().splitlines()[-1] == "[4/6  85 s left]  bench b (round 1): valid, 25 s"
+    view.doing("bench", cell("b"), 2, 1)
+    play(view, now, "bench", "b", 2, 30.0, Ended("invalid", "too slow"))
+    assert out.getvalue().splitlines()[-1].endswith("bench b (round 2): INVALID: too slow, 30 s")
     now[0] += 61
     view.tick("120 of 200")
-    assert out.getvalue().splitlines()[-1].endswith("bench b (round 1): 120 of 200")
+    assert out.getvalue().splitlines()[-1].endswith("bench b (round 2): 120 of 200")
     assert "\033" not in out.getvalue()
 
 

@@ -44,14 +44,16 @@ class Remaining:
         self.cells, self.deploys = dict(cells), dict(deploys)
         self.seen: dict[str, list[tuple[float, float]]] = {"bench": [], "deploy": []}
         self.own: dict[str, float] = {}
-        self.installed = False
+        self.installed: set[str] = set()
 
     def took(self, verb: str, cell: str, repeat: int, seconds: float) -> None:
         """Learn from a play that ended well."""
         assumed = self.cells[cell] if verb == "bench" else self.deploys.get((cell, repeat), 0.0)
-        # A session's first deploy may install, which the others do not.
-        first, self.installed = verb == "deploy" and not self.installed, self.installed or verb == "deploy"
-        if assumed > 0 and not first:
+        if verb not in self.installed:
+            # A session's first deploy and first run may install things, which the others do not.
+            self.installed.add(verb)
+            return
+        if assumed > 0:
             self.seen[verb].append((assumed, seconds))
         if verb == "bench":
             self.own[cell] = seconds
