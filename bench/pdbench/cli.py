@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
     "export": ("pdbench.export", "report", "a run as another tool's result file: SGLang's JSON lines"),
     "peer": ("pdbench.peers.cli", "run", "SGLang's or vLLM's own bench client after a run, beside our figures"),
+    "sweep": ("pdbench.sweep.cli", "report", "deploy and measure every cell of a file, in the order that restarts least"),
     "report": ("pdbench.report.cli", "report", "plots and report.html from the folder of a run or a sweep"),
 }
 

@@ -151,6 +151,22 @@ def test_the_host_that_has_the_model_gives_it_to_the_other(clean: Checkout) -> N
                 (root.parent / name).unlink(missing_ok=True)
 
 
+def test_a_model_is_fetched_without_a_deploy_for_the_next_cell_of_a_sweep(clean: Checkout) -> None:
+    giver, other = roots(clean)
+    files = model_files()
+    place(giver, files)
+    try:
+        clean.play("playbooks/fetch.yml", *model_args("rsync")).good()
+        assert there(other) == files
+        assert not clean.processes(), "nothing was deployed"
+        assert not list((clean.folder / ".pd").glob("state-*/lock.json")), "no lock was taken"
+    finally:
+        for root in (giver, other):
+            for name in [*files, *(path.name for path in root.parent.glob("*.json"))]:
+                (root / name).unlink(missing_ok=True)
+                (root.parent / name).unlink(missing_ok=True)
+
+
 def test_a_model_comes_from_the_hub_with_a_token_that_shows_nowhere(clean: Checkout, hub: Hub, tmp_path: Path) -> None:
     secret = tmp_path / "secret.yml"
     secret.write_text(f"hf_token: {TOKEN}\n")

@@ -82,7 +82,8 @@ def test_plays_see_the_top_level_group_vars_through_a_link() -> None:
     assert (link / "all.yml").is_file()
 
 
-@pytest.mark.parametrize("playbook", [*VERBS, *PLAYS])
+# What inputs.yml resolves, the sweep judges: it refuses nothing by itself.
+@pytest.mark.parametrize("playbook", [*VERBS, *(play for play in PLAYS if play != "playbooks/inputs.yml")])
 def test_group_vars_apply_to_every_verb_and_to_its_play_run_directly(checkout: Path, playbook: str) -> None:
     add(checkout / "group_vars" / "all.yml", {"worker_port_base": "from group_vars"})
     done = run(checkout, "ansible-playbook", playbook)
