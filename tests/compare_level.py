@@ -200,8 +200,8 @@ A trial counts when *any* figure is claimed to differ. The level is 5 %: 10 expe
 |---|---|---|
 {rows}
 
-With one run a side, 5 % of drift is assumed. Where runs drift by 8 % instead, that makes {beyond} false claims in 200: there, three
-repeats are the least.
+With one run a side, 5 % of drift is assumed. Where runs drift by 8 % instead, that makes {beyond} false claims in 200: there,
+three repeats are the least.
 
 ## A true 5 %: how often it is found at the size that the tool recommends
 Each of 200 trials has a pilot of its own, in which both sides are alike; its recommendation for
