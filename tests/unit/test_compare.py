@@ -186,6 +186,7 @@ def test_a_plan_from_one_side_says_how_many_repeats(tmp_path: Path, capsys: pyte
     ("arguments", "code", "said"),
     [
         (["nowhere", "nowhere"], 1, "not the folder of a run"),
+        (["a,a", "b"], 2, "a run is given twice"),
         (["a", "b:ratio"], 2, "write COLUMN=VALUE"),
         (["a", "b:ratio=9p9d"], 2, "ratio is one of: 3p1d"),
         (["a", "b", "--metric", "speed"], 2, "--metric speed: not a figure that can be compared; one of output_throughput"),

@@ -90,11 +90,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All differences at one load. ``paired``: the runs' pairs counted; ``assumed``: the spread between runs was."""
+    """All differences at one load.
+
+    ``pairs``: how many pairs of runs were judged, 0 for none; ``assumed``: the spread between runs was.
+    """
 
     differences: list[Difference]
     runs: tuple[int, int]
-    paired: bool
+    pairs: int
     assumed: bool
     why_unpaired: str = ""
     remarks: list[str] = field(default_factory=list)
@@ -110,7 +113,7 @@ def judge(a: Sequence[Run], b: Sequence[Run], figures: Sequence[str]) -> Verdict
         if 0 < len(pairs) < ENOUGH:
             pairs, why = [], f"only {len(pairs)} pairs of runs were sent the same requests"
         found = [_by_runs(a, b, pairs, name) for name in figures]
-    return Verdict(found, (len(a), len(b)), bool(pairs), assumed, why)
+    return Verdict(found, (len(a), len(b)), len(pairs), assumed, why)
 
 
 def correct(verdicts: Sequence[Verdict]) -> list[Verdict]:

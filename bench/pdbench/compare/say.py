@@ -55,11 +55,11 @@ def plan(name: str, needs: Mapping[str, int | None], requests: int, effect: floa
 
 def _design(found: Verdict) -> str:
     a, b = found.runs
-    if found.paired:
+    if found.pairs:
         return (
             "a pair of runs that were sent the same requests"
-            if a == b == 1
-            else f"{min(a, b)} pairs of runs of the same requests"
+            if found.pairs == 1
+            else f"{found.pairs} pairs of runs of the same requests"
         )
     return f"{a} and {b} runs, not paired: {found.why_unpaired}"
 

@@ -71,6 +71,8 @@ def _rows(text: str) -> pd.DataFrame:
         folders = sorted(one for one in path.iterdir() if one.is_dir() and not one.is_symlink() and tidy.is_run(one))
         if not folders:
             raise NotARun(f"{path} is no run, no sweep, and holds no run")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"{text}: a run is given twice, and its copy is no repeat")
     rows = tidy.read_runs(folders)
     # Runs of one side without a sweep are repeats of one another, in the order they were given.
     order = {str(folder): place for place, folder in enumerate(folders, 1)}
