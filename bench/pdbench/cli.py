@@ -12,6 +12,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("pdbench.run.cli", "run", "load an endpoint and record every request"),
     "emulate": ("pdbench.emulate.cli", "", "serve as an SGLang prefill, decode or aggregated worker, without a GPU"),
     "selfcheck": ("pdbench.selfcheck.cli", "run", "say how far `run` can be trusted on this machine, at this load"),
+    "merge": ("pdbench.merge", "run", "put the shares of several clients together: one run"),
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
     "compare": ("pdbench.compare.cli", "report", "whether two configurations differ, by how much, and how sure that is"),

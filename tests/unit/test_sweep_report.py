@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from unit.sweepfolder import sweep
+from unit.test_import import logs
 from unit.test_report_page import Page
 
 from pdbench.cli import main
@@ -360,7 +361,9 @@ def test_a_figure_with_nothing_to_show_is_left_out_with_a_sentence(read: Sweep, 
     nothing = load(sweep(tmp_path / "none", ("1p1d",), repeats=1, num_requests=4, invalid={("1p1d-64x6", 1)}))
     assert shown(nothing) == []
     assert len(left_out(nothing)) == len(FIGURES)
-    assert answer.answer(nothing.table, nothing.decisions) == ["Nothing was shown: no cell of the sweep has a valid repeat."]
+    assert answer.answer(nothing.table, nothing.decisions) == [
+        "Nothing was shown: no cell of the sweep has a valid repeat with a figure."
+    ]
 
 
 @pytest.fixture
@@ -385,7 +388,7 @@ def test_the_page_stands_alone_and_says_the_answer_first(made: Path, read: Sweep
     order = [page.said.index(heading) for heading in ("The answer", "Figures", "How far to trust it", "How to do it again")]
     assert order == sorted(order)
     assert "The engine was emulated: no GPU was used" in page.said
-    assert "2 cells of 6 had no valid repeat" in page.said
+    assert "2 cells of 6 had no valid repeat with a figure" in page.said
     assert "the KV cache did not move" in page.said
     assert "pdbench sweep" in page.said
     for name in shown(read):
@@ -406,6 +409,21 @@ def test_a_figure_of_an_earlier_report_does_not_stay(made: Path) -> None:
     assert main(["report", str(made)]) == 0
     assert not stale.exists()
     assert (made / "figures" / "mine.png").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_figures_of_another_tool_are_shown_and_never_called_checked(tmp_path: Path) -> None:
+    told = ["--ratio", "disagg=1p1d", "--gpus", "disagg=2"]
+    assert main(["import", str(logs(tmp_path / "in")), "--output", str(tmp_path / "old"), *told]) == 0
+    assert main(["report", str(tmp_path / "old")]) == 0
+    found = load(tmp_path / "old")
+    grades = {cell.config.label.split()[0]: found.grade(cell) for cell in found.table.cells}
+    assert grades["1p1d"].letter == "C"
+    assert "imported: no gate has checked it" in grades["1p1d"].why
+    assert grades["agg"].letter == "X"
+    assert "imported without its number of GPUs" in grades["agg"].why[0]
+    said = Page((tmp_path / "old" / "report.html").read_text()).said
+    assert "how they were measured is not known here" in said
 
 
 def test_a_folder_that_is_no_sweep_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

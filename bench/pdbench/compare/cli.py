@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,8 +71,16 @@ def main(argv: list[str]) -> int:
         return 1
     outcomes = compared(found.found, figures or USUAL, args.plan or 0.05)
     remarks = [*found.remarks, *(why for one in outcomes for why in one.verdict.remarks)]
-    print(json.dumps(as_json(outcomes, remarks), indent=1) if args.json else say.page(outcomes, remarks, args.plan))
+    _print(json.dumps(as_json(outcomes, remarks), indent=1) if args.json else say.page(outcomes, remarks, args.plan))
     return 0
+
+
+def _print(text: str) -> None:
+    """Print; who reads may stop before the end, as head does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def compared(matches: Sequence[Match], figures: Sequence[str], effect: float = 0.05) -> list[Outcome]:
@@ -92,11 +101,10 @@ def compared(matches: Sequence[Match], figures: Sequence[str], effect: float = 0
 def _judged(one: Match, figures: Sequence[str]) -> Verdict:
     a, b = sides.runs(one.a, len(one.b)), sides.runs(one.b, len(one.a))
     wanted, remarks = list(figures), []
-    unlike = len(sides.limits(one.a) | sides.limits(one.b)) > 1
-    without = "goodput_per_gpu" in wanted and not any(math.isfinite(run.figures["goodput_per_gpu"]) for run in (*a, *b))
-    if unlike or without:
-        wanted = [name for name in wanted if name != "goodput_per_gpu"]
-    if unlike:
+    # A figure that no run has, such as goodput without limits, is no line of the answer.
+    wanted = [name for name in wanted if any(math.isfinite(run.figures[name]) for run in (*a, *b))]
+    if "goodput_per_gpu" in wanted and len(sides.limits(one.a) | sides.limits(one.b)) > 1:
+        wanted.remove("goodput_per_gpu")
         remarks.append("goodput is not compared: the runs have other limits (--slo-*)")
     if not sides.gpus_known([one.a, one.b]):
         wanted = [name for name in wanted if not name.endswith("_per_gpu")]
@@ -123,7 +131,7 @@ def _pilot(side: sides.Side, figures: Sequence[str], effect: float, as_text: boo
     found = [_halved(d, alone) for d in judge.judge(alone, alone, wanted).differences]
     together = sum(d.p is not None for d in found)
     needs = {d.figure: judge.recommend(d, together, effect) for d in found if d.p is not None}
-    print(
+    _print(
         json.dumps({"schema": 1, "effect": effect, "requests": _requests(rows), "repeats": needs})
         if as_text
         else say.plan(side.name, needs, _requests(rows), effect, len(alone))

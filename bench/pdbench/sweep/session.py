@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{runs - len(left)} of {runs} are measured; what is left:\n")
     else:
         wanted = [(planned.cells[place].id, repeat) for place, repeat in made.order]
-    print(table.order(planned, made, plain if not args.resume else made), flush=True)
+    print(table.order(planned, made, None if args.resume else plain), flush=True)
     if args.dry_run:
         return VALID
     folder.mkdir(parents=True, exist_ok=True)

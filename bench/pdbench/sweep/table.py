@@ -40,8 +40,8 @@ def seconds(made: Arrangement, planned: Planned) -> list[tuple[float, float]]:
     return found
 
 
-def order(planned: Planned, made: Arrangement, plain: Arrangement) -> str:
-    """Return the order to measure in, visit by visit, with what it restarts, beside the order of the file."""
+def order(planned: Planned, made: Arrangement, plain: Arrangement | None) -> str:
+    """Return the order to measure in, visit by visit, with what it restarts, beside the order of the file if given."""
     rows: list[list[Any]] = []
     before = ""
     for (place, repeat), cost in zip(made.order, made.costs, strict=True):
@@ -58,7 +58,7 @@ def order(planned: Planned, made: Arrangement, plain: Arrangement) -> str:
     head = ["round", "deployment", "GPUs", "cells", "loads (prompt/answer x in flight)", "restarts"]
     lines = [table(head, rows), ""]
     sums = []
-    for name, one in (("this order", made), ("the file's order", plain)):
+    for name, one in (("this order", made), *([("the file's order", plain)] if plain else [])):
         time_s = sum(a + b for a, b in seconds(one, planned))
         sums.append([name, one.cost.workers, one.cost.routers, one.cost.models, one.cost.deploys, duration(time_s)])
     lines.append(table(["", "workers started", "router starts", "model switches", "deploys", "time (assumed)"], sums))

@@ -20,6 +20,8 @@ from .reconcile import STEP_S, Outcome, claim
 from .units import KEY_FILE
 
 Json = Dict[str, Any]
+#: File of a run's folder with the secret by which several clients know each other.
+MEET_KEY = "meet.key"
 
 
 class Job:
@@ -66,12 +68,13 @@ class Job:
         needed_mb: int,
         selfcheck: Sequence[str] = (),
         after: Sequence[str] = (),
+        meet_key: Optional[str] = None,
     ) -> None:
         """Write the run's inputs and start it.
 
         ``files``: contents in base64 by their name in the run's folder. ``selfcheck``: a command that goes first, whatever comes of it
         (the gate judges that); ``after``: one that goes last, when the run has measured, and changes nothing of how it ended.
-        Neither when empty.
+        Neither when empty. ``meet_key``: what the clients know each other by, where there are several.
         """
         claim(self.state_dir, shared=bool(self.user))
         if self.user:
@@ -86,6 +89,8 @@ class Job:
         write(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n", 0o600)
         for name, content in files.items():
             (self.folder / name).write_bytes(base64.b64decode(content))
+        if meet_key:
+            write(self.folder / MEET_KEY, meet_key, 0o600)
         if api_key:
             write(Path(self.state_dir) / KEY_FILE, api_key, 0o600)
             if self.user:
@@ -170,7 +175,7 @@ class Job:
 
 def _nobodys(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
     """Forget who owns the file here: on the controller it belongs to whoever fetches it. What came from there stays behind."""
-    if Path(member.name).name in ("dataset.jsonl", "tokenizer.json"):
+    if Path(member.name).name in ("dataset.jsonl", "tokenizer.json", MEET_KEY):
         return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""

@@ -25,12 +25,16 @@ def installs(cluster: Mapping[str, Any]) -> List[Json]:
     return [] if tool == OURS else [{"name": f"bench-{tool}", "requirements": requirements(tool)}]
 
 
-def check(cluster: Mapping[str, Any], emulated: bool) -> None:
-    """Raise UserError when the peer cannot send the load of ``bench_*``; ``emulated``: no model is served."""
+def check(cluster: Mapping[str, Any], emulated: bool, clients: int = 1) -> None:
+    """Raise UserError when the peer cannot send the load of ``bench_*`` from so many clients; ``emulated``: no model is served."""
     tool = cluster["bench_tool"]
     if tool == OURS:
         return
     said = f"bench_tool={tool}"
+    if clients > 1:
+        raise UserError(
+            f"{said} sends from one host, and bench_clients has {clients}: leave one there, or take bench_tool=pdbench"
+        )
     given = [name for name in _UNSENDABLE if cluster[name]]
     if given:
         raise UserError(f"{said} cannot send the load of {listing(given)}: leave it out, or take bench_tool=pdbench")

@@ -20,7 +20,7 @@ _MOST_SENTENCES = 8
 def answer(table: Table, found: Sequence[Decision]) -> list[str]:
     """Return the paragraphs at the top of the page; the first says the whole in one sentence."""
     if not found:
-        return ["Nothing was shown: no cell of the sweep has a valid repeat."]
+        return ["Nothing was shown: no cell of the sweep has a valid repeat with a figure."]
     best = [one for one in found if one.state == "best"]
     rest = len(found) - len(best)
     wins = Counter(one.leader.config.label for one in best)
@@ -131,7 +131,9 @@ def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] =
         )
     lost = [cell for cell in table.cells if cell not in table.measured]
     if lost:
-        lines.append(f"{_many(len(lost), 'cell')} of {len(table.cells)} had no valid repeat and count in nothing above.")
+        lines.append(
+            f"{_many(len(lost), 'cell')} of {len(table.cells)} had no valid repeat with a figure and count in nothing above."
+        )
     holes = [
         f"{table.load_label(one.load)} ({', '.join(c.label for c in table.configs if c not in have)})"
         for one in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from pdbench.sweep.trust import Facts, Grade, grade
 
 Json = dict[str, Any]
 _CALIBRATED = "calibrated"
+_NO_FIGURE = "no output tokens/s per GPU is known (imported without its number of GPUs?)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,10 @@ def load(folder: Path) -> Sweep:
     sweep = Sweep(folder, read_json(folder / tidy.SWEEP), rows, cells)
     sweep.decisions.extend(decisions(cells, lambda cell: [_run(sweep, row) for row in cell.rows]))
     for cell in cells.cells:
-        sweep.grades[cell.config, cell.load] = grade(_facts(sweep, cell))
+        found = grade(_facts(sweep, cell))
+        if cell.rows and cell not in cells.measured:
+            found = Grade(found.letter, (_NO_FIGURE,))
+        sweep.grades[cell.config, cell.load] = found
     return sweep
 
 
@@ -110,7 +115,13 @@ def _run(sweep: Sweep, row: Row) -> Run:
         requests = within.read(sweep.run(row), int(row["point"]))
     told = requests.asked.tobytes() if requests is not None else None
     seed = row.get("seed")
-    return Run(int(row["repeat"]), {RATE: float(row[RATE])}, None if seed is None else int(seed), told, requests)
+    return Run(
+        int(row["repeat"]),
+        {RATE: math.nan if row[RATE] is None else float(row[RATE])},
+        None if seed is None else int(seed),
+        told,
+        requests,
+    )
 
 
 def _facts(sweep: Sweep, cell: Cell) -> Facts:
