@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 UCX_PROTO_INFO=y
 python=${PD_ENGINE_PYTHON:-/usr/bin/python3}
 common="--model-path ${PD_MODEL:-/opt/model} --dtype bfloat16 --attention-backend triton --sampling-backend pytorch
-  --grammar-backend none --enable-metrics --host 127.0.0.1 --max-total-tokens 250000 --mem-fraction-static ${MEM_FRACTION:-0.85}
+  --grammar-backend none --enable-metrics --host 127.0.0.1 --max-total-tokens 1000000 --mem-fraction-static ${MEM_FRACTION:-0.85}
   --cuda-graph-backend-prefill disabled --cuda-graph-max-bs-decode 256 --random-seed 1"
 pd="--disaggregation-transfer-backend nixl --disaggregation-mode"
 # shellcheck disable=SC2086  # flags, one word each
