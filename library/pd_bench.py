@@ -15,11 +15,13 @@ options:
   run_id: {description: The run., type: str, default: ""}
   argv: {description: "The load generator's command; C({dir}) is the run's folder.", type: list, elements: str, default: []}
   selfcheck: {description: "What goes before the load generator, to calibrate it; empty: nothing.", type: list, elements: str, default: []}
+  after: {description: "What goes after the load generator; empty: nothing.", type: list, elements: str, default: []}
   plan: {description: The deployed plan., type: dict, default: {}}
   files: {description: Base64 contents of the load's files by their path on the controller., type: dict, default: {}}
   names: {description: "What they are called in the run's folder: name to path.", type: dict, default: {}}
   load: {description: "What C(--load) reads, as load.yml.", type: dict, default: {}}
   api_key: {description: The key of the deployment., type: str}
+  meet_key: {description: What the clients of a run that several make know each other by., type: str}
   needed_mb: {description: Free disk that must be there., type: int, default: 0}
   archive: {description: Where C(pack) writes., type: str, default: ""}
   python: {description: The Python that has pdbench., type: str, default: ""}
@@ -39,7 +41,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-done: {description: Whether the run has ended., returned: "C(action) run", type: bool, sample: true}
+done: {description: Whether the run has ended., returned: "C(action) run, left_over", type: bool, sample: true}
 message: {description: How far it is., returned: "C(action) run", type: str, sample: "point 1 of 3: 120 of 200 requests"}
 runs: {description: Runs that were never fetched., returned: "C(action) left_over", type: list, sample: []}
 """
@@ -61,11 +63,13 @@ def main() -> None:
             "run_id": {"type": "str", "default": ""},
             "argv": {"type": "list", "elements": "str", "default": []},
             "selfcheck": {"type": "list", "elements": "str", "default": []},
+            "after": {"type": "list", "elements": "str", "default": []},
             "plan": {"type": "dict", "default": {}},
             "files": {"type": "dict", "default": {}},
             "names": {"type": "dict", "default": {}},
             "load": {"type": "dict", "default": {}},
             "api_key": {"type": "str", "no_log": True},
+            "meet_key": {"type": "str", "no_log": True},
             "needed_mb": {"type": "int", "default": 0},
             "archive": {"type": "str", "default": ""},
             "python": {"type": "str", "default": ""},
@@ -85,6 +89,7 @@ def main() -> None:
             result["runs"] = [
                 bench_job.Job(p["state_dir"], run, user).stop(p["python"]) if stop else {"run_id": run} for run in runs
             ]
+            result["done"] = True
         elif module.check_mode:
             result.update(done=True)
         elif p["action"] == "run":
@@ -92,7 +97,7 @@ def main() -> None:
                 files = {name: p["files"][path] for name, path in p["names"].items()}
                 if p["load"]:
                     files["load.yml"] = base64.b64encode(json.dumps(p["load"], indent=1).encode()).decode()
-                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"])
+                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"], p["after"], p["meet_key"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
         elif p["action"] == "pack":

@@ -13,6 +13,10 @@ options:
   state_dir: {description: State directory of the client host., type: path, required: true}
   run_id: {description: The run., type: str, required: true}
   dest: {description: Folder on the controller., type: path, required: true}
+  keep_going:
+    description: Whether a host that fails or is gone is only told of, in C(lost), and the play goes on.
+    type: bool
+    default: false
 attributes:
   action: {support: full, description: Copies to the controller; the module pd_bench runs on the host.}
   check_mode: {support: full, description: Does nothing.}
@@ -26,6 +30,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+lost: {description: Why there is none., returned: with C(keep_going) when it failed, type: str, sample: no space left on device}
 archive: {description: The archive on the controller., returned: changed, type: str, sample: results/.incoming/x.tar.gz}
 """
 
@@ -39,6 +44,7 @@ def main() -> None:
             "state_dir": {"type": "path", "required": True},
             "run_id": {"type": "str", "required": True},
             "dest": {"type": "path", "required": True},
+            "keep_going": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

@@ -21,6 +21,10 @@ options:
     elements: str
     default: []
   quiet_s: {description: Least time between two lines of progress in seconds., type: float, default: 4}
+  keep_going:
+    description: Whether a host that fails or is gone is only told of, in C(lost), and the play goes on.
+    type: bool
+    default: false
 attributes:
   action: {support: full, description: Loops on the controller; the module runs on the host.}
   check_mode: {support: full, description: As the module does.}
@@ -38,6 +42,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+lost: {description: Why the host failed., returned: with C(keep_going) when it failed, type: str, sample: no space left on device}
 done: {description: Whether nothing is left to do., returned: always, type: bool, sample: true}
 message: {description: What the module said last., returned: always, type: str, sample: "all units are ready"}
 changes: {description: The changes of all steps., returned: always, type: list, elements: str, sample: [started pd-prefill-0]}
@@ -55,6 +60,7 @@ def main() -> None:
             "timeout": {"type": "float", "default": 1800},
             "files": {"type": "list", "elements": "str", "default": []},
             "quiet_s": {"type": "float", "default": 4},
+            "keep_going": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_spec, wheelhouse  # noqa: E402
+from pdlib import bench_peers, bench_spec, wheelhouse  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 from pdlib.wheelhouse import Target  # noqa: E402
 
@@ -54,6 +54,7 @@ def requirements(inventory: str, extra: list[str]) -> dict[str, list[str]]:
             raise UserError(f"{' '.join(command)} made no plan:\n{(done.stdout + done.stderr).strip()[-3000:]}")
         plan = json.loads((Path(folder) / "plan.json").read_text())
     rows = {"controller": [CONTROLLER], bench_spec.VENV: ["requirements/pdbench.txt"]}
+    rows.update({f"bench-{tool}": bench_peers.requirements(tool) for tool in bench_peers.PEERS if f"bench_tool={tool}" in extra})
     for entry in plan["hosts"].values():
         rows.update({row["name"]: row["requirements"] for row in entry["installs"]})
     return {name: [step for step in steps if step != "pdbench"] for name, steps in rows.items()}

@@ -12,11 +12,19 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("pdbench.run.cli", "run", "load an endpoint and record every request"),
     "emulate": ("pdbench.emulate.cli", "", "serve as an SGLang prefill, decode or aggregated worker, without a GPU"),
     "selfcheck": ("pdbench.selfcheck.cli", "run", "say how far `run` can be trusted on this machine, at this load"),
+    "merge": ("pdbench.merge", "run", "put the shares of several clients together: one run"),
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
+    "compare": ("pdbench.compare.cli", "report", "whether two configurations differ, by how much, and how sure that is"),
+    "import": (
+        "pdbench.importing.cli",
+        "report",
+        "results of SGLang's benchmark or the vLLM suite's logs, for compare and report",
+    ),
     "export": ("pdbench.export", "report", "a run as another tool's result file: SGLang's JSON lines"),
+    "peer": ("pdbench.peers.cli", "run", "SGLang's or vLLM's own bench client after a run, beside our figures"),
     "sweep": ("pdbench.sweep.cli", "report", "deploy and measure every cell of a file, in the order that restarts least"),
-    "report": ("pdbench.report.cli", "report", "plots and report.html from a run's folder"),
+    "report": ("pdbench.report.cli", "report", "plots and report.html from the folder of a run or a sweep"),
 }
 
 

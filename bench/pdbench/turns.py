@@ -12,7 +12,9 @@ from pdbench.records import NOT_REPORTED, Record
 def by_turn(records: Sequence[Record]) -> list[dict[str, object]] | None:
     """Return ``turns`` of a load point from its measured records, the first turn first; None without conversations.
 
-    ``completed`` and ``failed`` count requests; ``prompt_tokens`` and ``cached_tokens`` are means (None: not reported);
+    ``completed`` and ``failed`` count requests; ``prompt_tokens`` and ``cached_tokens`` are means (None: not reported), and
+    so is ``kv_tokens``: prompt + output tokens, which is what the KV cache of the worker that decodes holds of the
+    conversation when the turn ends;
     ``ttft_ms``, ``tpot_ms`` are distributions; ``output_throughput_per_user`` is the mean of output tokens / E2E, tokens/s;
     ``cumulative_latency_ms`` is the distribution of the sum of E2E over a conversation's turns so far, thinking left out,
     over the conversations in which all of them were answered.
@@ -34,6 +36,7 @@ def by_turn(records: Sequence[Record]) -> list[dict[str, object]] | None:
                 "completed": len(good),
                 "failed": len(asked) - len(good),
                 "prompt_tokens": _mean([input_tokens(record) for record in good]),
+                "kv_tokens": _mean([input_tokens(record) + output_tokens(record) for record in good]),
                 "cached_tokens": _mean([r.cached_tokens for r in good if r.cached_tokens != NOT_REPORTED]),
                 "ttft_ms": stats(1000 * ttft_s(record) for record in good),
                 "tpot_ms": stats(1000 * pace for pace in paces),

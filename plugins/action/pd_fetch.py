@@ -15,14 +15,18 @@ from plugins.action.pd_poll import ActionModule as Poll  # noqa: E402
 class ActionModule(Poll):
     """`pd_fetch: {state_dir: /var/lib/pd, run_id: ..., dest: results/.incoming}`; documented in library/pd_fetch.py."""
 
-    _VALID_ARGS = frozenset({"state_dir", "run_id", "dest"})
+    _VALID_ARGS = frozenset({"state_dir", "run_id", "dest", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Pack on the host, as who may read the run; fetch as who connects (ansible.builtin.fetch would send it as JSON)."""
         super(Poll, self).run(tmp, task_vars)
         if self._task.check_mode:
             return {"changed": False}
-        args, variables = self._task.args, task_vars or {}
+        variables = task_vars or {}
+        return self.kept_going(variables, lambda: self._fetch(variables))
+
+    def _fetch(self, variables: dict[str, Any]) -> dict[str, Any]:
+        args = self._task.args
         folder = self.own_folder()
         try:
             archive = self._connection._shell.join_path(folder, f"{args['run_id']}.tar.gz")

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -23,7 +24,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
@@ -97,7 +98,9 @@ class ActionModule(ActionBase):
                     "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
                 )
             clients = groups["bench_clients"]
-            planner.check_limit(clients[:1] if verb == "bench" else [])
+            planner.check_limit(clients if verb == "bench" else [])
+            if verb == "bench":
+                bench_peers.check(cluster, planner.engine.emulated, len(clients))
             open_hosts = [] if discovered or verb == "plan" else planner.left_to_discover()
             if open_hosts:
                 # The second look plans; this one has checked all that can be without asking the hosts.
@@ -115,8 +118,12 @@ class ActionModule(ActionBase):
                 made = plan.Planner(replace(inputs, current=None)).make()
             self._check_files(made)
             if verb == "bench":
-                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time())
-                planner.check_python(clients[0])
+                several = len(clients) > 1
+                meet = bench_spec.meet(planner.address(clients[0]), cluster) if several else ""
+                key = secrets.token_hex(16) if several else ""
+                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time(), meet, key)
+                for client in clients:
+                    planner.check_python(client)
             facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
             if verb != "plan":
                 made["kv_probe"] = facts["pd_probe"]["known"]
@@ -127,7 +134,7 @@ class ActionModule(ActionBase):
             if self._task.args.get("show"):
                 display.display("\n" + tables.workers(made) + "\n" + facts["pd_probe"]["says"] + "\n")
         elif groups["bench_clients"]:
-            facts["pd_bench"] = bench_spec.client(cluster, groups["bench_clients"][0], by_host, str(ROOT))
+            facts["pd_bench"] = bench_spec.home(cluster, groups["bench_clients"], by_host, str(ROOT))
         result: dict[str, Any] = {"changed": False, **facts, **self._common(cluster)}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)

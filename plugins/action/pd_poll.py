@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -81,7 +82,7 @@ class Paced:
 class ActionModule(ActionBase):
     """`pd_poll: {module: pd_units, args: {...}, timeout: 600, files: [...]}`; documented in library/pd_poll.py."""
 
-    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "quiet_s"})
+    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "quiet_s", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the last step's result, with the changes of all steps."""
@@ -91,7 +92,21 @@ class ActionModule(ActionBase):
         arguments = dict(self._task.args.get("args") or {})
         if self._task.args.get("files"):
             arguments["files"] = encoded(contents(self._task.args["files"]))
-        return self.poll(module, arguments, variables, timeout, float(self._task.args.get("quiet_s", 4)))
+        quiet = float(self._task.args.get("quiet_s", 4))
+        return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout, quiet))
+
+    def kept_going(self, variables: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what ``work`` does; with `keep_going`, a host that fails or is gone is told of in ``lost``."""
+        if not boolean(self._task.args.get("keep_going", False)):
+            return work()
+        try:
+            result = work()
+        except (AnsibleActionFail, AnsibleConnectionFailure) as error:
+            result = {"failed": True, "msg": str(error)}
+        if not (result.get("failed") or result.get("unreachable")):
+            return result
+        display.display(f"  [{self._task.delegate_to or variables['inventory_hostname']}] {result.get('msg')}")
+        return {"changed": False, "lost": str(result.get("msg"))}
 
     def poll(
         self, module: str, arguments: dict[str, Any], variables: dict[str, Any], timeout: float, quiet_s: float = 4

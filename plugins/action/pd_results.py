@@ -58,26 +58,58 @@ class ActionModule(ActionBase):
         return {"changed": False}
 
     def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
-        archive = results / ".incoming" / f"{run['run_id']}.tar.gz"
-        with tarfile.open(archive) as tar:
-            # The client host made the archive: nothing in it may land outside the run's folder.
-            for member in tar.getmembers():
-                inside = (results / member.name).resolve().is_relative_to((results / run["run_id"]).resolve())
-                if not inside or not (member.isfile() or member.isdir()):
-                    raise AnsibleActionFail(f"{archive} holds {member.name}, which no run has; it was not unpacked")
-            # Python before 3.11.4 has no filters.
-            if hasattr(tarfile, "data_filter"):
-                tar.extractall(results, filter="data")
+        name, folder = run["run_id"], results / run["run_id"]
+        come = {client: self._opened(results / ".incoming" / client, name) for client in bench["clients"]}
+        shares = {client: path for client, path in come.items() if path}
+        try:
+            if not shares:
+                raise AnsibleActionFail(f"no client of {', '.join(come)} has left anything of run {name} behind (reasons above)")
+            if len(come) == 1 or not any((path / "share.json").exists() for path in shares.values()):
+                next(iter(shares.values())).replace(folder)
             else:
-                tar.extractall(results)
-        archive.unlink()
+                self._merge(folder, list(come), shares)
+        except AnsibleActionFail as error:
+            if run["found"] == "watched":
+                raise
+            display.display(f"  an earlier run that nobody watched is kept as it is: {error}")
+            return {"changed": True}
         if run["found"] != "watched":
-            folder = results / run["run_id"]
             code = self._pdbench(["gate", str(folder)]).returncode
             self._pdbench(["report", str(folder)])
             trust = "valid" if code == 0 else "marked as incomplete or invalid"
             display.display(f"  an earlier run that nobody watched ({run['found']}) was fetched to {folder}: {trust}")
         return {"changed": True}
+
+    @staticmethod
+    def _opened(incoming: Path, name: str) -> Path | None:
+        """Unpack what came from a client and return its folder; None when nothing came."""
+        archive = incoming / f"{name}.tar.gz"
+        if not archive.exists():
+            return None
+        shutil.rmtree(incoming / name, ignore_errors=True)
+        with tarfile.open(archive) as tar:
+            # The client host made the archive: nothing in it may land outside the run's folder.
+            for member in tar.getmembers():
+                inside = (incoming / member.name).resolve().is_relative_to((incoming / name).resolve())
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise AnsibleActionFail(f"{archive} holds {member.name}, which no run has; it was not unpacked")
+            # Python before 3.11.4 has no filters.
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(incoming, filter="data")
+            else:
+                tar.extractall(incoming)
+        archive.unlink()
+        return incoming / name
+
+    def _merge(self, folder: Path, clients: list[str], shares: dict[str, Path]) -> None:
+        """Keep every client's share below the run's folder, and put them together into it."""
+        (folder / "clients").mkdir(parents=True, exist_ok=True)
+        for client, path in shares.items():
+            path.replace(folder / "clients" / client)
+        done = self._pdbench(["merge", str(folder), *(str(folder / "clients" / client) for client in clients)])
+        if done.returncode not in (0, 3):
+            raise AnsibleActionFail(f"the clients' shares in {folder / 'clients'} make no run: {done.stderr.strip()[-2000:]}")
+        (folder / "run.log").write_text(f"\n\n{done.stdout}{done.stderr}")
 
     @staticmethod
     def python() -> str | None:
@@ -109,8 +141,8 @@ class ActionModule(ActionBase):
             "run_id": bench["run_id"],
             "inventory": [str(source) for source in context.CLIARGS.get("inventory") or []],
             "limit": context.CLIARGS.get("subset"),
-            "client": bench["client"],
-            "command": bench["argv"],
+            "client": ", ".join(bench["clients"]),
+            "command": next(iter(bench["clients"].values()))["argv"],
             "max_error_rate": bench["max_error_rate"],
             "versions": {
                 "pdbench": version("pdbench") if importlib.util.find_spec("pdbench") else "",
@@ -145,9 +177,26 @@ class ActionModule(ActionBase):
         display.display("\n" + "\n".join([table.rstrip(), "", gate.stdout.rstrip(), gate.stderr.rstrip()]))
         if report.returncode:
             raise AnsibleActionFail(f"the report could not be made:\n{report.stderr.strip()[-2000:]}")
+        compared, problem = self._peer(folder, bench)
+        if compared:
+            display.display("\n" + compared)
         display.display(f"\nreport: {folder / 'report.html'}    (results/latest points to it)\n")
         if gate.returncode == 3:
             raise AnsibleActionFail(f"the run is INVALID (reasons above and in {folder / 'validity.json'}); its records are kept")
         if gate.returncode:
             raise AnsibleActionFail(f"the gate could not judge the run:\n{gate.stderr.strip()[-2000:]}")
+        if problem:
+            raise AnsibleActionFail(f"the run is valid and kept, but bench_tool has no figures to put beside it: {problem}")
         return {"changed": True, "folder": str(folder)}
+
+    def _peer(self, folder: Path, bench: dict[str, Any]) -> tuple[str, str]:
+        """Return another bench client's figures beside ours, and what went wrong with it; both empty without one."""
+        if not bench["after"]:
+            return "", ""
+        shown = self._pdbench(["peer", str(folder)])
+        if shown.stdout.strip():
+            failed = [line for line in shown.stdout.splitlines() if ": load point " in line]
+            return shown.stdout.rstrip(), "; ".join(failed) if shown.returncode else ""
+        log = folder / "after.log"
+        said = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else "it was never started"
+        return "", said[-1000:] or "it said nothing"

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from local.conftest import REPO
 from real import helpers
-from real.deployment import KEY, Real, deployed
+from real.deployment import KEY, Real, deployed, extra
 
 OUTPUT_TOKENS = 16
 LENGTHS = (5, 17, 64, 128, 200, 333, 500, 700, 1000, 1500)
@@ -73,9 +73,8 @@ def bench(real: Real, load: dict[str, object]) -> Path:
     Engine and client share the machine's cores. Where these are busy otherwise the gate rightly refuses a run in which the
     client was kept from its work; that, and nothing else, is tried again.
     """
-    options = [item for name, value in load.items() for item in ("-e", f"{name}={value}")]
     for _ in range(3):
-        play = real.play("bench.yml", "-e", "ratio=1p1d", *options)
+        play = real.play("bench.yml", "-e", "ratio=1p1d", *extra(load))
         run = real.checkout.folder / "results" / "latest"
         verdict = json.loads((run / "validity.json").read_text())
         assert verdict["valid"] is (play.code == 0), play.text[-4000:]
@@ -115,6 +114,22 @@ def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+def test_conversations_find_their_earlier_turns_in_the_prefix_cache(real: Real) -> None:
+    """Turn by turn over the verbs: prompts grow by question and answer, prefill computes what is new, all of it is moved."""
+    talk = {"isl": "40", "osl": "8", "conversation": {"turns": 3, "think": 0.1, "context": "full"}}
+    run = bench(real, {"bench_api": "generate", "bench_load": talk, "bench_concurrency": "2", "bench_num_requests": 18})
+    (point,) = json.loads((run / "summary.json").read_text())["points"]
+    first, second, third = point["turns"]
+    assert [turn["completed"] for turn in (first, second, third)] == [6, 6, 6]
+    assert [turn["prompt_tokens"] for turn in (first, second, third)] == [40, 88, 136]
+    assert [turn["kv_tokens"] for turn in (first, second, third)] == [48, 96, 144]
+    assert first["cached_tokens"] == 0
+    # the page of 1 token: everything that prefill itself computed before, the question; not the answer, which decode made
+    assert second["cached_tokens"] >= 40
+    assert third["cached_tokens"] >= 88
+    assert third["cumulative_latency_ms"]["p50"] > second["cumulative_latency_ms"]["p50"] > first["cumulative_latency_ms"]["p50"]
+
+
 def test_the_key_stands_nowhere(real: Real) -> None:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -138,8 +153,7 @@ def test_a_wrong_kv_cache_makes_a_run_invalid(real: Real) -> None:
     real.play("deploy_pd.yml", "-e", json.dumps({"prefill_engine_env": env})).good()
     load = {"bench_api": "generate", "bench_input_len": "64", "bench_output_len": "8", "bench_num_requests": 8}
     load |= {"bench_concurrency": "1", "bench_verify_outputs": 4}
-    options = [item for name, value in load.items() for item in ("-e", f"{name}={value}")]
-    play = real.play("bench.yml", "-e", "ratio=1p1d", *options)
+    play = real.play("bench.yml", "-e", "ratio=1p1d", *extra(load))
     assert play.code != 0
     verdict = json.loads((real.checkout.folder / "results" / "latest" / "validity.json").read_text())
     faults = {check["id"]: check["message"] for check in verdict["checks"] if not check["ok"]}

@@ -121,3 +121,22 @@ def test_the_archive_names_no_owner_and_nothing_stays_when_the_run_is_dropped(st
         job.pack(str(tmp_path / "no such folder" / "run.tar.gz"))
     job.drop()
     assert not [path for path in state.rglob("*") if RUN in path.name]
+
+
+def test_what_goes_after_the_load_changes_nothing_of_how_it_ended(state: Path) -> None:
+    job = Job(str(state), RUN)
+    after = ["/bin/sh", "-c", "mkdir {dir}/tools; echo at it > {dir}/tools/progress; cat {dir}/exit_code; exit 7"]
+    job.start(["/bin/sh", "-c", "echo loaded; exit 3"], {}, {}, None, 1, after=after)
+    finish(job)
+    assert job.exit_code() == 3
+    assert (job.folder / "run.log").read_text() == "loaded\n"
+    assert (job.folder / "after.log").read_text() == "3\n"
+    assert not job.running(), "watch waits for it"
+
+
+def test_nothing_goes_after_a_load_that_could_not_measure(state: Path) -> None:
+    job = Job(str(state), RUN)
+    job.start(["/bin/sh", "-c", "exit 1"], {}, {}, None, 1, after=["/bin/touch", "{dir}/went"])
+    with pytest.raises(UserError, match="ended with exit code 1"):
+        finish(job)
+    assert not (job.folder / "went").exists()

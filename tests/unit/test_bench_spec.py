@@ -22,7 +22,8 @@ NOW = 1_700_000_000.0
 
 def spec(root: Path, clients: tuple[str, ...] = ("n1",), **options: Any) -> Json:
     given = inputs({"n1": host(1, state_dir="/s", install_dir="/i"), "n2": host(2)}, "2p1d", **options)
-    return bench_spec.make(make_plan(given), given.cluster, clients, given.hosts, str(root), NOW)
+    made = bench_spec.make(make_plan(given), given.cluster, clients, given.hosts, str(root), NOW, "127.0.0.1:8890", "k" * 32)
+    return {**made, **next(iter(made["clients"].values()))}
 
 
 def value(argv: list[str], flag: str) -> str:
@@ -59,7 +60,7 @@ def test_the_command_of_a_closed_loop(tmp_path: Path) -> None:
     assert {flag: value(argv, flag) for flag in wanted} == wanted
     for flag in ("--request-rate", "--trace", "--warmup", "--verify-outputs", "--api-key-file", "--slo-ttft-ms"):
         assert flag not in argv
-    assert made["client"] == "n1"
+    assert list(made["clients"]) == ["n1"]
     assert made["results_dir"] == str(tmp_path / "results")
     assert made["run_id"].endswith("-2p1d")
 
@@ -220,3 +221,67 @@ def test_the_room_that_is_needed_grows_with_what_is_recorded(tmp_path: Path) -> 
     assert needed(bench_num_requests=10_000, bench_concurrency="8,16") > base
     assert needed(bench_num_requests=10_000, bench_output_len="64-1280") > base
     assert needed(bench_num_requests=10_000, bench_min_free_mb=1000) == base + 800
+
+
+def test_another_client_goes_after_ours_with_a_virtualenv_of_its_own(tmp_path: Path) -> None:
+    made = spec(tmp_path)
+    assert made["after"] == []
+    assert [row["name"] for row in made["install"]] == ["pdbench"]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", model="a/b")
+    wanted = {"--tool": "sglang", "--python": "/i/bench-sglang/bin/python", "--url": "http://127.0.0.1:8000", "--model": "a/b"}
+    wanted |= {"--tokenizer": "{dir}/tokenizer.json", "--api-key-file": "/s/secrets/api_key"}
+    assert made["after"][:5] == ["/i/pdbench/bin/python", "-m", "pdbench", "peer", "{dir}"]
+    assert {flag: value(made["after"], flag) for flag in wanted} == wanted
+    row = made["install"][1]
+    assert row == {
+        "name": "bench-sglang",
+        "requirements": ["requirements/bench-sglang.txt", "no-deps:requirements/bench-sglang-no-deps.txt"],
+    }
+    emulated = spec(tmp_path, bench_tool="vllm", engine="emulated")
+    assert "--tokenizer" not in emulated["after"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"bench_tool": "sglang", "engine": "sglang", "model": "a/b"},
+            "bench_tool=sglang makes its prompts with .* give bench_tokenizer",
+        ),
+        ({"bench_tool": "vllm", "bench_api": "generate"}, "vLLM's bench client does not know bench_api=generate"),
+        ({"bench_tool": "sglang", "bench_input_len": "64-128"}, "bench_input_len is 64-128: give a number"),
+        ({"bench_tool": "vllm", "bench_output_len": "normal:512:64"}, "bench_output_len is normal:512:64"),
+        ({"bench_tool": "sglang", "bench_prefix_len": 8, "bench_trace": "t"}, "the load of bench_trace and bench_prefix_len"),
+        ({"bench_tool": "sglang", "bench_load": {"osl": 8}}, "the load of bench_load"),
+        ({"bench_tool": "sglang", "bench_request_rate": "4", "bench_arrival": "gamma:2"}, "sends poisson arrivals"),
+        ({"bench_tool": "vllm", "bench_request_rate": "4", "bench_arrival": "constant"}, "sends poisson or gamma:B arrivals"),
+        ({"bench_tool": "sglagn"}, "bench_tool"),
+    ],
+)
+def test_a_load_that_the_other_client_cannot_send_is_refused(given: Json, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        spec(tmp_path, **given)
+
+
+def test_the_other_client_sends_from_one_host(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="bench_tool=sglang sends from one host, and bench_clients has 2"):
+        spec(tmp_path, clients=("n1", "n2"), bench_tool="sglang")
+
+
+def test_several_clients_get_a_share_each_and_one_calibrates_for_its_share(tmp_path: Path) -> None:
+    alone = spec(tmp_path, bench_concurrency="8,9")
+    assert not {"--share", "--meet", "--meet-key"} & set(alone["argv"])
+    both = spec(tmp_path, clients=("n1", "n2"), bench_concurrency="8,9")["clients"]
+    assert [value(me["argv"], "--share") for me in both.values()] == ["1/2", "2/2"]
+    for me in both.values():
+        assert (value(me["argv"], "--meet"), value(me["argv"], "--meet-key")) == ("127.0.0.1:8890", "{dir}/meet.key")
+        assert "k" * 32 not in str(me), "argv is there for all to see"
+        assert value(me["argv"], "--concurrency") == "8,9", "all of them have the whole schedule"
+        assert value(me["selfcheck"], "--concurrency") == "5"
+    assert bench_spec.meet("::1", {"bench_meet_port": 1}) == "[::1]:1"
+
+
+def test_stop_saturated_is_handed_on(tmp_path: Path) -> None:
+    assert "--stop-saturated" not in spec(tmp_path, bench_request_rate="2,4")["argv"]
+    assert "--stop-saturated" in spec(tmp_path, bench_request_rate="2,4", bench_stop_saturated=True)["argv"]

@@ -166,6 +166,8 @@ def test_extra_vars_are_strict() -> None:
     settings.check_extra_vars({"ratio": "3p1d", "ansible_user": "x", "bench_num_requests": 1})
     with pytest.raises(UserError, match=r"there is no variable ratoi; did you mean ratio\?"):
         settings.check_extra_vars({"ratoi": "3p1d"})
+    with pytest.raises(UserError, match=r"'3p1d' is no name=value; .*JSON"):
+        settings.check_extra_vars({"_raw_params": "3p1d"})
     with pytest.raises(UserError, match=r"no variable qqqq; docs/variables.md"):
         settings.check_extra_vars({"qqqq": 1})
 

@@ -90,6 +90,15 @@ def test_nobody_judged_is_neither_valid_nor_invalid(tmp_path: Path) -> None:
     assert "pdbench gate" in row["invalid_reasons"]
 
 
+def test_without_a_sound_plan_the_run_itself_says_what_it_was_told(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", judged=False)
+    for plan in ('{"workers": [1]}', '{"workers": [{"role": "prefill"}]}', "{", "[]"):
+        (folder / "plan.json").write_text(plan)
+        (row,) = tidy.read_runs([folder]).to_dict("records")
+        assert (row["ratio"], row["gpus"], row["engine"]) == ("3p1d", 4, "")
+        assert pd.isna(row["prefill_workers"])
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [(None, "has no sweep.json"), ("{", "cannot be read"), ('{"cells": [{}]}', "no list of cells")],

@@ -30,6 +30,7 @@ def test_turns_are_told_apart_and_latency_adds_up() -> None:
     assert first["ttft_ms"]["mean"] == pytest.approx(200)  # type: ignore[index]
     assert first["cumulative_latency_ms"]["max"] == pytest.approx(1500)  # type: ignore[index]
     assert (second["completed"], second["failed"], second["prompt_tokens"], second["cached_tokens"]) == (1, 1, 200, 100)
+    assert (first["kv_tokens"], second["kv_tokens"], third["kv_tokens"]) == (105, 205, 305)
     assert second["cumulative_latency_ms"]["mean"] == pytest.approx(1200)  # type: ignore[index]
     assert second["output_throughput_per_user"] == pytest.approx(5 / 0.7)
     assert third["cumulative_latency_ms"]["mean"] == pytest.approx(1300)  # type: ignore[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdbench.gate import calibrated, client, cluster, correct, kv, leftovers, requests, transport
+from pdbench.gate import calibrated, client, clients, cluster, correct, kv, leftovers, requests, transport
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import Point, RunData
 
@@ -35,7 +35,7 @@ POINT_CHECKS: tuple[Callable[[RunData, Point], Check], ...] = (
 
 def judge(run: RunData) -> list[Check]:
     """Return the verdict of every check: on the run, then on each load point in turn."""
-    checks = [check(run) for check in RUN_CHECKS]
+    checks = [check(run) for check in RUN_CHECKS] + clients.clients(run)
     return checks + [check(run, point) for point in run.points for check in POINT_CHECKS]
 
 

@@ -17,6 +17,7 @@ Json = dict[str, Any]
 
 ROLES = ("prefill", "decode", "aggregated")
 SELFCHECK = "selfcheck.json"
+CLIENTS = "clients.json"
 #: files that a run to be believed has; the first two are what makes a folder a run's folder
 PROGRESS, REQUESTS, SUMMARY, PLAN, EVIDENCE = (
     "progress.json",
@@ -93,7 +94,8 @@ class RunData:
     is empty. ``max_error_rate``: the share of failed requests that is allowed, 0 to 1. ``bounds``: how late the client was
     allowed to be when the run was started. ``logs``: the ends of the units' logs, by file name. ``verify_outputs``: prompts
     a pair that the run was to verify, ``verified`` what came of it (`pdbench.run.verify`). ``selfcheck``: what
-    `pdbench selfcheck` found before the load, empty when it was not run.
+    `pdbench selfcheck` found before the load, empty when it was not run. ``clients``: who made the run together
+    (`pdbench merge`), empty when it was one client.
     """
 
     folder: Path
@@ -109,6 +111,7 @@ class RunData:
     verify_outputs: int = 0
     verified: Json = field(default_factory=dict)
     selfcheck: Json = field(default_factory=dict)
+    clients: Json = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
@@ -191,6 +194,7 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
         verify_outputs=asked if isinstance(asked, int) else 0,
         verified=evidence.get("verify", {}),
         selfcheck=selfcheck,
+        clients=_json(folder, CLIENTS, {}),
     )
 
 

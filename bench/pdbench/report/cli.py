@@ -1,4 +1,4 @@
-"""The `report` verb: plots and report.html from a run's folder."""
+"""The `report` verb: plots and report.html from the folder of a run or of a sweep."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pdbench.report import words
 from pdbench.report.figures import Sheet, draw, shown
 from pdbench.report.look import LIGHT
 from pdbench.report.page import render
+from pdbench.sweep import report as sweep_report
 
 REPORT = "report.html"
+#: what makes a folder a sweep's
+SWEEP = "sweep.json"
 _NO_GPU = "no GPU was used, these figures say nothing about hardware"
 
 
@@ -21,16 +24,16 @@ def main(argv: list[str]) -> int:
     """Return 0 when the report stands, 1 when it could not be made, 2 for bad usage."""
     parser = argparse.ArgumentParser(
         prog="pdbench report",
-        description="Draw a run: PNG and SVG plots and report.html, one file that can be sent to anybody.",
+        description="Draw a run or a sweep: PNG and SVG plots and report.html, one file that can be sent to anybody.",
         epilog="Run `pdbench gate DIR` first: without its verdict everything is marked as not checked.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the run, such as results/latest")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a sweep, such as results/latest")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        path = make(args.folder)
+        path = sweep_report.write(args.folder) if (args.folder / SWEEP).is_file() else make(args.folder)
     except NotARun as why:
         print(f"pdbench report: {why}", file=sys.stderr)
         return 1

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from pdbench.gate.rundata import Point
 from pdbench.metrics import itl_s, ttft_s
 from pdbench.report import split
-from pdbench.report.look import VERMILLION, Theme
+from pdbench.report.draw import drawn, legend, nothing
+from pdbench.report.look import Theme
 
 #: samples drawn of a distribution: more cannot be seen
 _STEPS = 600
@@ -96,7 +91,7 @@ def latency(sheet: Sheet) -> Figure:
         ax.set_title(title)
         ax.set_ylabel("ms")
     if len(sheet.measured) > 1:
-        _legend(figure, axes[0], 3)
+        legend(figure, axes[0], 3)
     return figure
 
 
@@ -110,7 +105,7 @@ def _of(point: Point, *keys: str) -> float:
 def _against_load(sheet: Sheet, ax: Axes, series: Sequence[tuple[str, list[float]]], first: int = 0) -> None:
     loads, label = sheet.axis()
     if not loads:
-        _nothing(ax, "no request succeeded")
+        nothing(ax, "no request succeeded")
         return
     if len(loads) == 1:
         _bars(sheet, ax, [(name, values[0]) for name, values in series], first)
@@ -169,7 +164,7 @@ def _distributions(sheet: Sheet, title: str, label: str, values: Callable[[Point
         ends += [float(x[0]), float(x[-1])]
         ax.plot(x, share, label=f"{point.label} ({samples.size:,} {of})", **sheet.theme.series(number, len(sheet.measured)))
     if not ends:
-        _nothing(ax, f"no {of} to show: each answer came in one piece")
+        nothing(ax, f"no {of} to show: each answer came in one piece")
     else:
         low, high = min(ends), max(ends)
         # A narrow range has too few round numbers for a logarithmic axis.
@@ -221,9 +216,9 @@ def in_flight(sheet: Sheet) -> Figure:
         for number, ax in enumerate(axes.flat[: len(points)]):
             if number + columns >= len(points):
                 ax.set_xlabel("s since the first request")
-        _legend(figure, axes.flat[0], 2)
+        legend(figure, axes.flat[0], 2)
     else:
-        _nothing(axes.flat[0], "no request was sent")
+        nothing(axes.flat[0], "no request was sent")
     return figure
 
 
@@ -250,21 +245,6 @@ def flight(point: Point) -> tuple[Curve, Curve]:
     return when[chosen], count[chosen]
 
 
-def _stamp(figure: Figure, sheet: Sheet) -> None:
-    rim = [withStroke(linewidth=3, foreground=sheet.theme.paper)]
-    where: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 18, "zorder": 10}
-    figure.text(0.5, 0.5, sheet.stamp, color=VERMILLION, fontsize=44, fontweight="bold", alpha=0.4, path_effects=rim, **where)
-
-
-def _nothing(ax: Axes, why: str) -> None:
-    ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center")
-
-
-def _legend(figure: Figure, ax: Axes, columns: int) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
-
-
 def _legend_beside(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
@@ -288,21 +268,4 @@ def shown(sheet: Sheet) -> list[str]:
 
 def draw(name: str, sheet: Sheet, *kinds: str) -> list[bytes]:
     """Return a figure in each of ``kinds`` (``png``, ``svg``)."""
-    pages = []
-    with plt.style.context(sheet.theme.settings()):
-        figure = FIGURES[name][0](sheet)
-        try:
-            figure.set_layout_engine("constrained", w_pad=0.1)
-            if sheet.stamp:
-                _stamp(figure, sheet)
-            if sheet.note:
-                figure.supxlabel(sheet.note, fontsize=8)
-            for kind in kinds:
-                page = io.BytesIO()
-                # Without a date the same run gives the same bytes.
-                figure.savefig(page, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-                figure.set_layout_engine("none")  # the places that the first format was given hold for the others
-                pages.append(page.getvalue())
-        finally:
-            plt.close(figure)
-    return pages
+    return drawn(lambda: FIGURES[name][0](sheet), sheet.theme, sheet.stamp, sheet.note, *kinds)

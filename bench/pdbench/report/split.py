@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from pdbench.attribution import NAMES, Json, attribute, in_words
 from pdbench.gate.rundata import Point
-from pdbench.report.look import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from pdbench.report.look import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Theme
 
 if TYPE_CHECKING:
     from pdbench.report.figures import Sheet
@@ -44,9 +44,13 @@ def known(points: Sequence[Point]) -> list[tuple[Point, Json]]:
 
 def figure(sheet: Sheet) -> Figure:
     """Draw a bar a load point: the mean TTFT, stage by stage."""
-    bars = known(sheet.points)
-    drawn, ax = plt.subplots(figsize=(10, 1.6 + 0.7 * len(bars)))
-    labels = [point.label for point, _ in bars]
+    return bars([(point.label, found) for point, found in known(sheet.points)], sheet.theme)
+
+
+def bars(bars: Sequence[tuple[str, Json]], theme: Theme, each: float = 0.7) -> Figure:
+    """Draw a bar for each label and its attribution, ``each`` inches high."""
+    drawn, ax = plt.subplots(figsize=(10, 1.6 + each * len(bars)))
+    labels = [label for label, _ in bars]
     left = [0.0] * len(bars)
     longest = max((found["ttft_ms"] for _, found in bars), default=1.0)
     for stage in (*NAMES, "rest"):
@@ -55,11 +59,9 @@ def figure(sheet: Sheet) -> Figure:
         if not any(values):
             continue
         colour, hatch = _LOOK[stage]
-        parts = ax.barh(
-            labels, values, left=left, color=colour, hatch=hatch, label=NAMES.get(stage, REST), edgecolor=sheet.theme.paper
-        )
+        parts = ax.barh(labels, values, left=left, color=colour, hatch=hatch, label=NAMES.get(stage, REST), edgecolor=theme.paper)
         shown = [f"{value:.3g}" if value > _ROOM * longest else "" for value in values]
-        rim = {"facecolor": sheet.theme.paper, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+        rim = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
         for text in ax.bar_label(parts, shown, label_type="center", fontsize=8):
             if text.get_text():
                 text.set_bbox(rim)

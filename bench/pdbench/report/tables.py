@@ -27,12 +27,16 @@ _THROUGHPUTS = (
 
 @dataclass(frozen=True)
 class Table:
-    """``head``: (column name, how many columns of ``rows`` it spans); ``under``: names below it, or empty."""
+    """``head``: (column name, how many columns of ``rows`` it spans); ``under``: names below it, or empty.
+
+    ``prose``: the last column is words.
+    """
 
     caption: str
     head: list[tuple[str, int]]
     under: list[str]
     rows: list[list[str]]
+    prose: bool = False
 
 
 def number(value: object) -> str:
@@ -82,13 +86,15 @@ def _latency(caption: str, metrics: Sequence[tuple[str, str]], points: Sequence[
 
 def _turns(point: Point) -> Table:
     """One row a turn: the context grows, and a prefix cache that works keeps TTFT from growing with it."""
-    head = ["turn", "completed", "failed", "prompt tokens", "cached tokens", "tokens/s per user"]
+    head = ["turn", "completed", "failed", "prompt tokens", "cached tokens", "KV tokens at its end", "tokens/s per user"]
     shown = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("cumulative_latency_ms", "p50"))
     names = ("TTFT p50", "TTFT p99", "TPOT p50", "latency so far p50")
     rows = [
         [
             *(_count(turn[key]) for key in ("turn", "completed", "failed")),
-            *(number(turn[key]) for key in ("prompt_tokens", "cached_tokens", "output_throughput_per_user")),
+            *(number(turn[key]) for key in ("prompt_tokens", "cached_tokens")),
+            number(turn.get("kv_tokens")),  # not in runs of before
+            number(turn["output_throughput_per_user"]),
             *(number(_in(turn[key], q)) for key, q in shown),
         ]
         for turn in point.summary["turns"]

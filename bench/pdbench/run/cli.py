@@ -6,20 +6,23 @@ import argparse
 import asyncio
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pdbench.enough import parse
 from pdbench.load.errors import LoadError
+from pdbench.load.requests import Load
 from pdbench.metrics import Slo
-from pdbench.run import load_options
+from pdbench.run import load_options, share_options
 from pdbench.run.asks import PATHS, check_prompt_kind
 from pdbench.run.bodies import Target
 from pdbench.run.folder import Folder, recover
 from pdbench.run.limits import make_room
 from pdbench.run.load_options import above_zero, add_arguments, at_least, with_load_file
 from pdbench.run.load_points import build
-from pdbench.run.session import CannotMeasureError, Plan, Session
+from pdbench.run.order import Plan
+from pdbench.run.session import CannotMeasureError, Session
 from pdbench.run.summary import Bounds, Setup
 from pdbench.run.table import render
 
@@ -37,7 +40,8 @@ def main(argv: list[str]) -> int:
             return _recover(args.recover)
         plan, folder = _plan(args)
         folder.check()
-        make_room(max((load.concurrency or 1 for load in plan.loads), default=1), plan.processes)
+        slots = max((load.concurrency or 1 for load in plan.loads), default=1)
+        make_room(-(-slots // plan.share.of), plan.processes)
     except LoadError as why:
         return _say(why, 2)
     except OSError as why:
@@ -98,8 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         help="end a point before its last request when the 95 %% intervals are as narrow: ttft_p99:5%%,tpot_mean:2%%",
     )
     where.add_argument("--max-time", type=float, metavar="S", help="send no more after S measured seconds of a point")
+    where.add_argument(
+        "--stop-saturated",
+        action="store_true",
+        help="of a list of rates, measure none above the first that is over-saturated; end that one once it is certain",
+    )
     where.add_argument("--processes", type=int, default=1, metavar="N", help="sending processes (default: 1)")
     add_arguments(p)
+    share_options.add_arguments(p)
     judge = p.add_argument_group("judgement")
     judge.add_argument(
         "--verify-outputs",
@@ -137,6 +147,8 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Folder]:
     if args.verify_outputs and deployment is None:
         raise LoadError("--verify-outputs goes with --plan, which names the prefill-decode pairs")
     above_zero(args, "timeout", "max_time", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "max_loop_lag_ms", "max_lateness_ms")
+    if args.stop_saturated:
+        _check_climb(sent.loads)
     setup = Setup(
         api=args.api,
         prompt=sent.kind,
@@ -161,8 +173,19 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Folder]:
         processes=args.processes,
         until=parse(args.until) if args.until else (),
         max_time_s=args.max_time or math.inf,
+        share=share_options.read(args),
+        stop_saturated=args.stop_saturated,
     )
     return plan, Folder(args.output)
+
+
+def _check_climb(loads: Sequence[Load]) -> None:
+    rates = [load.rate for load in loads if load.rate is not None and load.rate_to is None]
+    if len(rates) < len(loads) or rates != sorted(rates):
+        raise LoadError(
+            "--stop-saturated climbs: give rates in ascending order, such as --request-rate 2,4,8 (a closed loop waits for "
+            "the servers and is never over-saturated; of a trace or a ramp it cannot be told)"
+        )
 
 
 def _url(url: str | None) -> str:

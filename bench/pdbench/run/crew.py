@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 
 from pdbench.load.requests import Request
 from pdbench.run import digester, sender
@@ -27,6 +27,13 @@ from pdbench.run.watch import Watch
 #: seconds between the word to begin and the beginning: enough for it to reach every sender
 _BEGIN_S = 0.01
 _JOIN_S = 5.0
+#: names the moment when a phase begins, once all senders are ready
+Agree = Callable[[], Coroutine[Any, Any, float]]
+
+
+async def soon() -> float:
+    """Return the next moment that is early enough for every sender."""
+    return perf_counter() + _BEGIN_S
 
 
 class Crew:
@@ -55,6 +62,9 @@ class Crew:
         self._processes: list[BaseProcess] = []
         self._senders = [self._start(sender.main, f"sender {number}", endpoint, folder, number) for number in range(senders)]
         self._digester: Connection | None = None
+        self._agreeing: asyncio.Future[float] | None = None
+        self._halted = self._begun = False
+        self._dead: BaseException | None = None
 
     def begin(self, journal: Path) -> None:
         """Start the process that writes the journal: now the folder is there."""
@@ -80,9 +90,12 @@ class Crew:
             with contextlib.suppress(OSError):  # it is gone: `_heard` says so
                 control.send(("enough", None))
 
-    async def phase(self, task: Task, requests: Sequence[Request], bodies: Iterable[bytes | Fill], watch: Watch) -> None:
+    async def phase(
+        self, task: Task, requests: Sequence[Request], bodies: Iterable[bytes | Fill], watch: Watch, agree: Agree = soon
+    ) -> None:
         """Send all requests and return when every answer is in the journal; ``bodies`` stand in the requests' order.
 
+        What ``agree`` raises is raised, and nothing was sent then.
         ``watch`` is told what there is also when the call is cancelled: what was in flight is then recorded as stopped.
         """
         shares = split(requests, task.slots, len(self._senders))
@@ -99,23 +112,39 @@ class Crew:
                 )
                 for own, slots in shares
             ]
-            working = asyncio.ensure_future(self._work(crew, orders))
+            self._agreeing, self._halted, self._begun = None, False, False
+            working = asyncio.ensure_future(self._work(crew, orders, agree))
             try:
                 reports = await asyncio.shield(working)
             except asyncio.CancelledError:
-                for control in crew:
-                    with contextlib.suppress(OSError):
-                        control.send(("stop", None))
+                self._halt(crew)
                 watch.take(*await self._digested(crew, await working))
                 raise
         watch.take(*await self._digested(crew, reports))
+        if self._agreeing is not None:
+            self._agreeing.result()
 
-    async def _work(self, crew: Sequence[Connection], orders: Sequence[Phase]) -> list[Report]:
+    def _halt(self, crew: Sequence[Connection]) -> None:
+        """Have the senders stop; those that have not begun are told by `_work` in place of the beginning."""
+        self._halted = True
+        if self._agreeing is not None:
+            self._agreeing.cancel()
+        for control in crew if self._begun else ():
+            with contextlib.suppress(OSError):
+                control.send(("stop", None))
+
+    async def _work(self, crew: Sequence[Connection], orders: Sequence[Phase], agree: Agree) -> list[Report]:
         self._done = dict.fromkeys(crew, 0)
         await self._all(crew, [("phase", order) for order in orders])
         # All are ready: one clock, one beginning.
-        begin = perf_counter() + _BEGIN_S
-        return cast(list[Report], await self._all(crew, [("go", begin)] * len(crew)))
+        word: tuple[str, float] = ("stop", 0.0)
+        if not self._halted:
+            agreeing = self._agreeing = asyncio.ensure_future(agree())
+            await asyncio.wait({agreeing})
+            if not self._halted and agreeing.exception() is None:
+                word = ("go", agreeing.result())
+        self._begun = True
+        return cast(list[Report], await self._all(crew, [word] * len(crew)))
 
     async def _digested(self, crew: Sequence[Connection], reports: list[Report]) -> tuple[list[Report], Totals]:
         self._spooled |= {control: report.spooled for control, report in zip(crew, reports, strict=True)}
@@ -125,6 +154,8 @@ class Crew:
 
     async def _all(self, crew: Sequence[Connection], orders: Sequence[object]) -> list[object]:
         """Give each its order and wait for what each has to say of it."""
+        if self._dead is not None:
+            raise self._dead
         for control in crew:
             self._answers[control] = asyncio.get_running_loop().create_future()
         for control, order in zip(crew, orders, strict=True):
@@ -139,6 +170,7 @@ class Crew:
             asyncio.get_running_loop().remove_reader(control.fileno())
             what, told = "fault", RuntimeError(f"the {name} process ended")
         if what == "fault":
+            self._dead = told
             for future in self._answers.values():
                 if not future.done():
                     future.set_exception(told)

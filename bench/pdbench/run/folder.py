@@ -71,22 +71,38 @@ class Folder:
         write_json(self.setup, {"schema": 1, **asdict(setup)})
         self.journal.touch()
 
-    def finish(self, setup: Setup, clients: Mapping[int, Mapping[str, object]], missing: Sequence[str]) -> Json:
+    def finish(
+        self, setup: Setup, clients: Mapping[int, Mapping[str, object]], missing: Sequence[str], not_run: str = ""
+    ) -> Json:
         """Turn the journal into requests.parquet and summary.json, and return the summary.
 
-        ``clients`` holds what the client measured of itself at each point (a point without: unknown); ``missing`` are
-        reasons why the run as a whole is invalid. The journal goes once the rest stands. Raise OSError, ValueError.
+        The journal goes once the rest stands; the arguments are those of `conclude`. Raise OSError, ValueError.
         """
-        records = list(read_jsonl(self.journal))
+        summary = self.conclude(list(read_jsonl(self.journal)), setup, clients, missing, not_run)
+        self.journal.unlink()
+        return summary
+
+    def conclude(
+        self,
+        records: Sequence[Record],
+        setup: Setup,
+        clients: Mapping[int, Mapping[str, object]],
+        missing: Sequence[str],
+        not_run: str = "",
+    ) -> Json:
+        """Write requests.parquet and summary.json, and return the summary; raise OSError.
+
+        ``clients`` holds what the client measured of itself at each point (a point without: unknown); ``missing`` are
+        reasons why the run as a whole is invalid, ``not_run`` is why the points that are left were not measured.
+        """
         write_parquet(self.parquet, records)
         evidence = _read_evidence(self.evidence)
         points = [
             point_summary(setup, number, records, clients.get(number, UNKNOWN), evidence.get(number))
             for number in _reached(records, setup, clients)
         ]
-        summary = whole_summary(setup, points, missing)
+        summary = whole_summary(setup, points, missing, not_run)
         write_json(self.summary, summary)
-        self.journal.unlink()
         return summary
 
 
@@ -106,7 +122,7 @@ def recover(path: Path) -> tuple[Setup, Json]:
             raise LoadError(f"{path} holds a finished run (summary.json): there is nothing to recover")
         raise LoadError(f"{path} holds no run to recover: requests.jsonl is missing")
     try:
-        setup = _read_setup(folder.setup)
+        setup = read_setup(folder.setup)
         _digest_leftover(folder)
         summary = folder.finish(setup, {}, ["recovered: the run was broken off, what it had recorded is kept"])
         write_json(folder.progress, _stopped(summary))
@@ -135,7 +151,8 @@ def _read_evidence(path: Path) -> dict[int, Json]:
         return {}
 
 
-def _read_setup(path: Path) -> Setup:
+def read_setup(path: Path) -> Setup:
+    """Return what run.json says; raise ValueError when it is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw.pop("schema")

@@ -70,7 +70,10 @@ class Schedule:
 
 
 def split(requests: Sequence[Request], slots: int | None, parts: int) -> list[tuple[list[Request], int | None]]:
-    """Share requests and slots out over ``parts`` processes, whole conversations to one; fewer parts than slots are made."""
+    """Share requests and slots out over ``parts`` processes, whole conversations to one; fewer parts than slots are made.
+
+    A part gets as many of the conversations as it has slots of all; a request by itself counts as one.
+    """
     if slots is not None:
         parts = max(1, min(parts, slots))
     owner: dict[int, int] = {}
@@ -78,13 +81,19 @@ def split(requests: Sequence[Request], slots: int | None, parts: int) -> list[tu
     heads = 0
     for request in requests:
         if request.after is None:
-            owner[request.index] = heads % parts
+            owner[request.index] = (heads if slots is None else heads % slots) % parts
             heads += 1
         else:
             owner[request.index] = owner[request.after]
         shares[owner[request.index]].append(request)
     own = [None if slots is None else slots // parts + (k < slots % parts) for k in range(parts)]
     return list(zip(shares, own, strict=True))
+
+
+def share(requests: Sequence[Request], slots: int | None, number: int, of: int) -> tuple[list[Request], int | None]:
+    """Return the part of client ``number`` (from 1) of ``of``; one for whom there is no slot has nothing to send."""
+    parts = split(requests, slots, of)
+    return parts[number - 1] if number <= len(parts) else ([], 0)
 
 
 def talks(requests: Sequence[Request]) -> dict[int, tuple[int, int]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
+import hashlib
+import json
 import signal
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from pdbench.enough import Target as Goal
-from pdbench.enough import Verdict, enough, next_look
-from pdbench.load.prompts import Prompts
+from pdbench import __version__
 from pdbench.load.requests import Load
 from pdbench.records import MEASURE, WARMUP, read_jsonl, write_json
 from pdbench.run.asks import PATHS, ask, prompt_of
@@ -26,41 +25,24 @@ from pdbench.run.digest import to_record
 from pdbench.run.digester import Totals
 from pdbench.run.exchange import Endpoint
 from pdbench.run.folder import Folder
-from pdbench.run.point import OPEN_WARMUP_SLOTS, run_point, until
+from pdbench.run.looks import Looks, measured, oversaturated
+from pdbench.run.meet import join
+from pdbench.run.order import Plan
+from pdbench.run.point import OPEN_WARMUP_SLOTS, Part, run_point, until
 from pdbench.run.progress import Progress
+from pdbench.run.share import MeetError
 from pdbench.run.summary import Json, Setup, output_of
 from pdbench.run.table import load_name, render
 from pdbench.run.watch import Watch, delivered_closed, delivered_open
 
 if TYPE_CHECKING:
-    from pdbench.evidence import Deployment, Evidence
+    from pdbench.evidence import Evidence
 
 _VALID, _INVALID = 0, 3
-#: seconds between looks at how far a point is
-_LOOK_S = 0.5
 
 
 class CannotMeasureError(Exception):
     """Nothing could be measured; the message says why."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run needs to know; ``warmup`` None: as many requests as the concurrency (8 in an open loop)."""
-
-    url: str
-    target: Target
-    loads: Sequence[Load]
-    setup: Setup
-    prompts: Prompts
-    warmup: int | None
-    timeout_s: float
-    headers: Mapping[str, str]
-    deployment: Deployment | None
-    scrape_every_s: float
-    processes: int = 1
-    until: tuple[Goal, ...] = ()
-    max_time_s: float = math.inf
 
 
 class Session:
@@ -77,6 +59,12 @@ class Session:
         self._evidence: list[Json] = []
         self._verified: Json = {}
         self._ended_early: dict[int, str] = {}
+        self._parts: dict[int, Part] = {}
+        self._missing: list[str] = []
+        self._not_run = ""
+        # A point that several clients load is cut by none of them alone.
+        self._looks = Looks(plan.until, plan.max_time_s, plan.stop_saturated and plan.share.of == 1)
+        self._meeting = join(plan.share, folder.path, self._parted)
         self._progress = Progress(folder.progress, len(plan.loads))
 
     async def run(self) -> int:
@@ -95,7 +83,7 @@ class Session:
             keeper = asyncio.create_task(self._progress.keep())
             keeper.add_done_callback(self._kept)
             try:
-                await self._points(crew)
+                await self._meet(crew)
             finally:
                 keeper.cancel()
                 with contextlib.suppress(asyncio.CancelledError, OSError):
@@ -107,7 +95,23 @@ class Session:
                 self._progress.write()
             raise
         finally:
+            await self._meeting.close()
             await crew.close()
+
+    async def _meet(self, crew: Crew) -> None:
+        """Go through the points together with the other clients, where there are any."""
+        try:
+            if await until(self._stop, self._meeting.gather(self._fingerprint())):
+                await self._points(crew)
+        except MeetError as why:
+            self._parted(str(why))
+        if self._missing and not self._watches:
+            raise CannotMeasureError(self._missing[0])
+
+    def _fingerprint(self) -> str:
+        """Return what must be alike for all clients of a run."""
+        told = json.dumps([__version__, self._plan.url, self._plan.target.model, asdict(self._plan.setup)], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     async def _probe(self, crew: Crew) -> Target:
         """Send one small request: is there a server, does it take our key, does it take token ids?"""
@@ -137,7 +141,8 @@ class Session:
 
     async def _points(self, crew: Crew) -> None:
         evidence = None
-        if self._plan.deployment is not None:
+        share, meeting = self._plan.share, self._meeting
+        if self._plan.deployment is not None and meeting.leads:
             from pdbench.evidence import Evidence  # aiohttp takes a quarter of a second to import
 
             evidence = Evidence(self._plan.deployment, self._plan.headers, ThreadPoolExecutor(1))
@@ -151,7 +156,8 @@ class Session:
                 warmups = load.warmup(count)
                 label = load_name(self._plan.setup.points[number])
                 self._progress.phase("warmup", number + 1, count, label)
-                lists = {WARMUP: warmups, MEASURE: load.measured()}
+                part = self._parts[number] = await asyncio.to_thread(Part.of, load, warmups, share.number, share.of)
+                lists = {WARMUP: warmups, MEASURE: part.requests}
                 bodies = await asyncio.to_thread(Bodies.make, self._plan.target, self._plan.prompts, number, serial, lists)
                 serial += count + load.count
                 reset: Json = {}
@@ -159,39 +165,44 @@ class Session:
                     return
                 start = perf_counter()
                 self._watches[number] = watch = Watch()
-                look = None
-                if self._plan.until or self._plan.max_time_s < math.inf:
-                    look = partial(self._look, number, load.concurrency)
+                look = partial(self._look, number, load) if self._looks else None
                 warm = partial(self._warm, evidence, start) if evidence is not None and warmups else None
                 api = self._plan.target.api
-                work = run_point(crew, self._progress, number, api, load, warmups, bodies, start, watch, warm, look)
-                if not await self._watched(evidence, number, reset, start, work):
+                agree = partial(meeting.begin, number, start, len(part.requests))
+                work = run_point(crew, self._progress, number, api, part, bodies, start, watch, warm, look, agree)
+                if not await self._watched(evidence, number, reset, start, self._together(number, load, work)):
                     return
+                if self._not_run:
+                    self._progress.points = number + 1
+                    break
             self._complete = True
         finally:
             if evidence is not None:
                 await evidence.close()
 
-    async def _verify(self, evidence: Evidence) -> None:
-        """Ask every pair whether its KV cache arrives right; the workers are idle, and the next point empties their caches."""
-        deployment, count = evidence.deployment, self._plan.setup.verify_outputs
-        if not deployment.engine.verifiable:
-            reason = "the prefill workers of this engine cannot be asked for the log-probabilities of an answer"
-            self._verified = {"prompts": count, "reason": reason, "pairs": []}
-            return
-        self._progress.phase("warmup", 1, len(deployment.pairs) * count, f"{count} prompts over every pair are verified")
-        from pdbench.run.verify import Verifier
+    async def _together(self, number: int, load: Load, work: Coroutine[None, None, None]) -> None:
+        """Run a point, wait until the other clients have, too, and decide together whether to go on."""
+        await work
+        await self._meeting.ended(number, self._asked(number))
+        why, last = "", number == len(self._plan.loads) - 1
+        if self._plan.stop_saturated and self._meeting.leads and not last:
+            records = await asyncio.to_thread(measured, self._folder.journal, number)
+            if await asyncio.to_thread(oversaturated, records, load):
+                why = f"{load_name(self._plan.setup.points[number])} was over-saturated (--stop-saturated)"
+        self._not_run = await self._meeting.go_on(why, last)
 
-        verifier = Verifier(deployment, self._plan.headers, self._plan.timeout_s)
-        try:
-            await evidence.reset({})
-            await verifier.ask(self._plan.prompts, count)
-            emptied: Json = {}
-            await evidence.reset(emptied)
-            await verifier.compare(emptied)
-        finally:
-            await verifier.close()
-        self._verified = verifier.report(count)
+    def _asked(self, number: int) -> int:
+        """Return how many requests this client was to send at a point, in the end."""
+        return len(self._watches[number].spans) if number in self._ended_early else len(self._parts[number].requests)
+
+    async def _verify(self, evidence: Evidence) -> None:
+        """Ask every pair whether its KV cache arrives right."""
+        from pdbench.run.verify import verify
+
+        plan, count = self._plan, self._plan.setup.verify_outputs
+        asked = len(evidence.deployment.pairs) * count
+        self._progress.phase("warmup", 1, asked, f"{count} prompts over every pair are verified")
+        self._verified = await verify(evidence, plan.prompts, count, plan.headers, plan.timeout_s)
 
     async def _watched(
         self, evidence: Evidence | None, number: int, reset: Json, start: float, work: Coroutine[None, None, None]
@@ -222,41 +233,30 @@ class Session:
         """Ask the servers between warm-up and measurement, so that their timers can be told apart."""
         self._evidence[-1]["begin"] = await evidence.snapshot(perf_counter() - start)
 
-    async def _look(self, number: int, slots: int | None) -> None:
-        """Return when the measured phase of a point has lasted long enough, or what was wanted is known well enough."""
-        began, at = perf_counter(), next_look(0)
-        while (spent := perf_counter() - began) < self._plan.max_time_s:
-            await asyncio.sleep(min(_LOOK_S, self._plan.max_time_s - spent))
-            if self._plan.until and self._progress.done >= at:
-                at = next_look(self._progress.done)
-                verdict = await asyncio.to_thread(self._judge, number, slots)
-                print(f"pdbench: {verdict.message}", file=sys.stderr, flush=True)
-                if verdict.done:
-                    self._ended_early[number] = f"known well enough: {verdict.message}"
-                    return
-        self._ended_early[number] = f"after {self._plan.max_time_s:g} s"
-
-    def _judge(self, number: int, slots: int | None) -> Verdict:
-        records = [r for r in read_jsonl(self._folder.journal) if r.point == number and r.phase == MEASURE]
-        return enough(records, self._plan.until, slots)
+    async def _look(self, number: int, load: Load) -> None:
+        self._ended_early[number] = await self._looks.watch(self._folder.journal, number, load, lambda: self._progress.done)
 
     def _as_sent(self) -> Setup:
         """Return what was asked for, with fewer requests where a point was ended early."""
         points = [dict(point) for point in self._plan.setup.points]
+        for number in self._watches:
+            points[number]["num_requests"] = self._asked(number)
         for number, why in self._ended_early.items():
-            points[number] |= {"num_requests": len(self._watches[number].spans), "ended_early": why}
+            points[number]["ended_early"] = why
         return replace(self._plan.setup, points=points)
 
     def _finish(self) -> int:
         if self._fault is not None:
             raise self._fault
-        missing = []
+        missing, share = list(self._missing), self._plan.share
+        if share.of > 1:
+            missing.append(f"the share of client {share.number} of {share.of} alone: `pdbench merge` puts them together")
         if not self._complete:
-            missing = [f"stopped: {len(self._watches)} of {len(self._plan.loads)} load points were begun"]
-        summary = self._folder.finish(self._as_sent(), self._clients(), missing)
+            missing += [f"stopped: {len(self._watches)} of {len(self._plan.loads)} load points were begun"]
+        summary = self._folder.finish(self._as_sent(), self._clients(), missing, self._not_run)
         self._progress.state = "done" if self._complete else "stopped"
         self._progress.write()
-        print(render(cast(list[Json], summary["points"])))
+        print(render(cast(list[Json], summary["points"]), cast(list[Json], summary["not_run"])))
         for reason in cast(list[str], summary["invalid_reasons"]):
             print(f"pdbench: invalid: {reason}", file=sys.stderr)
         return _VALID if summary["valid"] else _INVALID
@@ -265,7 +265,7 @@ class Session:
         records = list(read_jsonl(self._folder.journal))
         found = {}
         for number, watch in self._watches.items():
-            slots = self._plan.loads[number].concurrency
+            slots = self._parts[number].slots
             delivered = delivered_open(watch.spans) if slots is None else delivered_closed(watch.spans, slots)
             found[number] = watch.report(*output_of(records, number), delivered)
         return found
@@ -281,6 +281,13 @@ class Session:
     def _kept(self, keeper: asyncio.Task[None]) -> None:
         if not keeper.cancelled() and (why := keeper.exception()) is not None:
             self._broken(why)
+
+    def _parted(self, why: str) -> None:
+        """Go no further, and keep what there is: another client is gone."""
+        if why not in self._missing:
+            self._missing.append(why)
+        self._progress.message = why
+        self._stop.set()
 
     def _broken(self, why: BaseException) -> None:
         self._fault = self._fault or why

@@ -86,11 +86,13 @@ def _even(asked: Json) -> bool:
     return asked.get("request_rate") is not None and asked.get("request_rate_to") is None
 
 
-def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str]) -> Json:
+def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str], not_run: str = "") -> Json:
     """Return summary.json; with one load point its keys stand at the top level, too.
 
-    ``missing`` are reasons that concern the run as a whole (stopped, recovered).
+    ``missing`` are reasons that concern the run as a whole (stopped, recovered); ``not_run`` is why it was right to leave
+    the load points after the last one out.
     """
+    left = range(len(points), len(setup.points)) if not_run else ()
     many = len(points) > 1
     reasons = [
         *missing,
@@ -109,6 +111,7 @@ def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str]) 
         "valid": not reasons,
         "invalid_reasons": reasons,
         "points": list(points),
+        "not_run": [{"point": number, **setup.points[number], "why": not_run} for number in left],
     }
 
 

@@ -10,11 +10,13 @@ from pdbench.attribution import in_words
 _LATENCIES = (("TTFT", "ttft_ms"), ("ITL", "itl_ms"), ("TPOT", "tpot_ms"), ("E2E", "e2e_ms"))
 
 
-def render(points: Sequence[Mapping[str, object]]) -> str:
+def render(points: Sequence[Mapping[str, object]], not_run: Sequence[Mapping[str, object]] = ()) -> str:
     """Return what a run ends with: throughputs and latencies of all requests, the steady window beside them, and notes."""
     parts = [_whole(points), _steady(points)]
     notes = [f"{load_name(p)}: {in_words(found)}" for p in points if isinstance(found := p.get("attribution"), Mapping)]
     notes += [f"note, {load_name(p)}: {note}" for p in points for note in cast(Sequence[str], p["notes"])]
+    if not_run:
+        notes.append(f"not run: {', '.join(map(load_name, not_run))}: {not_run[0]['why']}")
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 import aiohttp
 
-from pdbench.evidence import Deployment, Pair
+from pdbench.evidence import Deployment, Evidence, Pair
 from pdbench.load.prompts import Prompts
 
 #: Output tokens of each request, of which all but the first are judged.
@@ -231,3 +231,25 @@ def _rows(answer: Mapping[str, object], name: str) -> list[list[list[object]]]:
     if not isinstance(rows, list):
         raise TypeError(name)
     return rows
+
+
+async def verify(
+    evidence: Evidence, prompts: Prompts, count: int, headers: Mapping[str, str], timeout_s: float
+) -> dict[str, object]:
+    """Return what came of asking every pair with ``count`` prompts.
+
+    The workers must be idle; the next load point empties their caches.
+    """
+    if not evidence.deployment.engine.verifiable:
+        reason = "the prefill workers of this engine cannot be asked for the log-probabilities of an answer"
+        return {"prompts": count, "reason": reason, "pairs": []}
+    verifier = Verifier(evidence.deployment, headers, timeout_s)
+    try:
+        await evidence.reset({})
+        await verifier.ask(prompts, count)
+        emptied: dict[str, object] = {}
+        await evidence.reset(emptied)
+        await verifier.compare(emptied)
+    finally:
+        await verifier.close()
+    return verifier.report(count)

@@ -90,7 +90,8 @@ def _begin(
     if inside:
         raise UserError(f"{folder} is not empty ({listing(sorted(inside)[:3])}): name another folder with --output")
     journal.save(folder, {
-        "schema": 1, "name": read.name, "spec": read.raw, "inventory": args.inventory or DEFAULT_INVENTORY,
+        "schema": 1, "name": read.name, "spec_file": str(args.spec), "spec": read.raw,
+        "inventory": args.inventory or DEFAULT_INVENTORY,
         "limit": args.limit, "created": datetime.now(UTC).isoformat(timespec="seconds"), "repeats": read.repeats,
         "cells": [cell.to_json() for cell in planned.cells], "order": [list(one) for one in wanted],
     })  # fmt: skip

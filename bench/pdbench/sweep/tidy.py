@@ -181,6 +181,7 @@ def _rows(folder: Path) -> list[Json]:
     problems: list[str] = []
     summary, plan, manifest = (_json(folder / name, problems) for name in (SUMMARY, PLAN, "manifest.json"))
     points = summary_points(summary)
+    plan = plan if _sound(plan) else {}
     run = RunData(folder, plan, points=[Point(i, entry, {}, []) for i, entry in enumerate(points)])
     about = {"source": OWN, "begin": _begin(folder, manifest), **_deployment(run, manifest)}
     if not points:
@@ -188,6 +189,15 @@ def _rows(folder: Path) -> list[Json]:
         return [{**about, "point": 0, "valid": False, "invalid_reasons": f"nothing was measured: {why}"}]
     asked = _asked(folder)
     return [{**about, **_figures(entry), **_trust(run, i, entry), **asked.get(i, {})} for i, entry in enumerate(points)]
+
+
+def _sound(plan: Json) -> bool:
+    """Tell whether a plan has what is read of it here."""
+    try:
+        gpus_of(plan)
+        return all(isinstance(worker["role"], str) for worker in plan["workers"]) and isinstance(plan.get("router") or {}, dict)
+    except (KeyError, TypeError):
+        return False
 
 
 def _trust(run: RunData, index: int, entry: Json) -> Json:
@@ -208,14 +218,10 @@ def _deployment(run: RunData, manifest: Json) -> Json:
     roles = [worker.get("role") for worker in workers]
     router = plan.get("router") or {}
     counted = {f"{role}_workers": roles.count(role) if plan else None for role in ("prefill", "decode", "aggregated")}
-    try:
-        held = gpus_of(plan) if plan else None
-    except (KeyError, TypeError):
-        held = None
     return {
         **{name: plan.get(name) for name in ("ratio", "engine", "engine_version", "model")},
         "transfer_backend": plan.get("transfer_backend") if run.disaggregated else None,
-        "gpus": held,
+        "gpus": gpus_of(plan) if plan else None,
         **counted,
         "router": router.get("name"),
         "router_policy": manifest.get("router_policy") or _after(router.get("argv") or [], "--policy"),

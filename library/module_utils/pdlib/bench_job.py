@@ -20,6 +20,8 @@ from .reconcile import STEP_S, Outcome, claim
 from .units import KEY_FILE
 
 Json = Dict[str, Any]
+#: File of a run's folder with the secret by which several clients know each other.
+MEET_KEY = "meet.key"
 
 
 class Job:
@@ -50,6 +52,13 @@ class Job:
         except (OSError, ValueError):
             return {}
 
+    def _after(self) -> str:
+        """Return how far what goes after the load generator is, "" when it does not run."""
+        try:
+            return (self.folder / "tools" / "progress").read_text()
+        except OSError:
+            return ""
+
     def start(
         self,
         argv: Sequence[str],
@@ -58,11 +67,14 @@ class Job:
         api_key: Optional[str],
         needed_mb: int,
         selfcheck: Sequence[str] = (),
+        after: Sequence[str] = (),
+        meet_key: Optional[str] = None,
     ) -> None:
         """Write the run's inputs and start it.
 
         ``files``: contents in base64 by their name in the run's folder. ``selfcheck``: a command that goes first, whatever comes of it
-        (the gate judges that); none when empty.
+        (the gate judges that); ``after``: one that goes last, when the run has measured, and changes nothing of how it ended.
+        Neither when empty. ``meet_key``: what the clients know each other by, where there are several.
         """
         claim(self.state_dir, shared=bool(self.user))
         if self.user:
@@ -77,16 +89,23 @@ class Job:
         write(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n", 0o600)
         for name, content in files.items():
             (self.folder / name).write_bytes(base64.b64decode(content))
+        if meet_key:
+            write(self.folder / MEET_KEY, meet_key, 0o600)
         if api_key:
             write(Path(self.state_dir) / KEY_FILE, api_key, 0o600)
             if self.user:
                 accounts.own(Path(self.state_dir) / KEY_FILE, self.user)
-        checking, command = ([item.replace("{dir}", str(self.folder)) for item in words] for words in (selfcheck, argv))
+        checking, command, last = (
+            [item.replace("{dir}", str(self.folder)) for item in words] for words in (selfcheck, argv, after)
+        )
         marked = processes.work_dir(self.state_dir, f"bench-{self.run_id}")
         Path(marked).mkdir(parents=True, exist_ok=True)
         # The shell outlives the load generator to keep its exit code, whatever becomes of Ansible.
         first = f'{shlex.join(checking)} >"$log" 2>&1; ' if checking else ""
-        script = ["/bin/sh", "-c", f'log=$1; code=$2; shift 2; {first}"$@" >>"$log" 2>&1; echo $? >"$code"', "run"]
+        # What it says has a file of its own: the end of run.log is what people are shown.
+        then = f'; case $ended in 0|3) {shlex.join(last)} >"${{log%run.log}}after.log" 2>&1;; esac' if last else ""
+        script = ["/bin/sh", "-c"]
+        script += [f'log=$1; code=$2; shift 2; {first}"$@" >>"$log" 2>&1; ended=$?; echo $ended >"$code"{then}', "run"]
         words = [*script, str(self.folder / "run.log"), str(self.folder / "exit_code"), *command]
         if not self.user:
             quiet: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -110,12 +129,13 @@ class Job:
     def watch(self) -> Outcome:
         """Wait a few seconds for the end; raise UserError when the run could not measure."""
         end, outcome = time.monotonic() + STEP_S, Outcome()
-        while time.monotonic() < end and self.exit_code() is None and self.running():
+        # The exit code is there before what goes after the load generator.
+        while self.running():
+            if time.monotonic() >= end:
+                outcome.message = self._after() or self.progress().get("message") or "starting"
+                return outcome
             time.sleep(0.2)
         code = self.exit_code()
-        if code is None and self.running():
-            outcome.message = self.progress().get("message") or "starting"
-            return outcome
         if code not in (0, 3):
             how = "was killed" if code is None else f"ended with exit code {code}"
             raise UserError(f"the load generator {how}. The end of its output:\n{tail(self.folder / 'run.log', 25)}")
@@ -155,7 +175,7 @@ class Job:
 
 def _nobodys(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
     """Forget who owns the file here: on the controller it belongs to whoever fetches it. What came from there stays behind."""
-    if Path(member.name).name in ("dataset.jsonl", "tokenizer.json"):
+    if Path(member.name).name in ("dataset.jsonl", "tokenizer.json", MEET_KEY):
         return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""

@@ -142,7 +142,8 @@ class Planner:
             frozen=limit is not None and name not in limit,
         )
 
-    def _address(self, name: str) -> str:
+    def address(self, name: str) -> str:
+        """Return the address at which the other hosts reach one."""
         declared = self.inputs.hosts[name]["address"]
         found = self.inputs.discovered.get(name, {}).get("addresses")
         if declared is None:
@@ -156,7 +157,7 @@ class Planner:
 
     def _link(self, name: str, has_worker: bool) -> Link:
         facts, needed = self.inputs.discovered.get(name, {}), has_worker and self._uses_rdma(name)
-        return link_of(name, self.inputs.hosts[name], facts, self._deployed(name), self._address(name), needed)
+        return link_of(name, self.inputs.hosts[name], facts, self._deployed(name), self.address(name), needed)
 
     def _uses_rdma(self, name: str) -> bool:
         """Whether workers of a host would use its RDMA devices if it has any."""
@@ -517,7 +518,7 @@ class Planner:
             )
         involved = list(dict.fromkeys([*(host for w in placed for host, _ in w.ranks), self.router_host]))
         involved.sort(key=self._inventory_order)
-        addresses = {name: self._address(name) for name in involved}
+        addresses = {name: self.address(name) for name in involved}
         ends = {w.name: w.ranks[0][0] for w in placed}
         with_rank = {host for w in placed for host, _ in w.ranks}
         links = {name: self._link(name, name in with_rank) for name in involved}

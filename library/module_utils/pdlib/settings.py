@@ -18,6 +18,12 @@ _TYPO_CUTOFF = 0.87
 def check_extra_vars(extra: Mapping[str, Any]) -> None:
     """Refuse ``-e`` names that are neither ours nor Ansible's own, saying which was meant."""
     for name in extra:
+        if name == "_raw_params":
+            # Ansible puts there what it could not split at "=" and blanks.
+            raise UserError(
+                f"-e: {extra[name]!r} is no name=value; one name=value an -e, without blanks; a value with blanks, a list or a "
+                """mapping goes as JSON: -e '{"bench_load": {"isl": "512", "osl": "128"}}'"""
+            )
         if name not in VARIABLES and not name.startswith("ansible_"):
             hint = did_you_mean(name, VARIABLES) or "; docs/variables.md lists them"
             raise UserError(f"-e {name}=...: there is no variable {name}{hint}")

@@ -381,6 +381,22 @@ def _table() -> Dict[str, Variable]:
             "Calibrate the load generator before the load: some seconds on the client host against a server of known timing "
             "(docs/validity.md).",
         ),
+        v(
+            "bench_stop_saturated",
+            "bool",
+            False,
+            BENCH,
+            "Of a list of `bench_request_rate`, measure none above the first that is over-saturated.",
+        ),
+        v(
+            "bench_meet_port",
+            "int",
+            8890,
+            BENCH,
+            "Port at which the first of several `bench_clients` listens to the others, on its `address` alone.",
+            minimum=1,
+            maximum=65535,
+        ),
         v("bench_timeout", "int", 600, BENCH, "Longest time of one request.", minimum=1, unit="s"),
         v(
             "bench_max_error_rate",
@@ -402,6 +418,14 @@ def _table() -> Dict[str, Variable]:
             "Goodput: a good request's longest end-to-end time.",
             minimum=0.001,
             unit="ms",
+        ),
+        v(
+            "bench_tool",
+            "str",
+            "pdbench",
+            BENCH,
+            "`sglang` or `vllm`: their own bench client after pdbench, at the same load points, and its figures beside ours.",
+            choices=("pdbench", "sglang", "vllm"),
         ),
         # -- verbs
         v("run_label", "str", "", VERB, "Words for the run's folder name and report."),

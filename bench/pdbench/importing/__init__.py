@@ -1,0 +1,1 @@
+"""The `import` verb: old results of other tools as rows of the tidy table."""

@@ -1,0 +1,1 @@
+"""Scripts for the Python of a peer's virtualenv; nothing here imports them."""
