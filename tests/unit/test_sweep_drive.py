@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pdbench.sweep import journal
 from pdbench.sweep.drive import Ended, Sweep
 from pdbench.sweep.grid import Cell
+from pdbench.sweep.plays import Plays
 from pdlib.errors import UserError
 
 
@@ -258,3 +259,16 @@ def test_a_journal_that_was_cut_off_goes_on_with_a_line_of_its_own(tmp_path: Pat
 )
 def test_a_changed_file_is_told_by_its_difference(after: Any, said: str | None) -> None:
     assert journal.difference({"grid": {"ratio": ["agg"]}, "repeats": 2}, after) == said
+
+
+def test_what_a_killed_attempt_had_fetched_goes_into_its_folder_and_others_load_beside_the_cells(tmp_path: Path) -> None:
+    staging, own = tmp_path / "runs/a/.r1a2", "20260101-000000-1p1d-a-r1a2"
+    for run in (own, "20260101-000000-1p1d-a-r1a1"):
+        (staging / run).mkdir(parents=True)
+        (staging / run / "summary.json").write_text(run)
+    (tmp_path / "runs/a/r1a2").mkdir()
+    (tmp_path / "runs/a/r1a2/bench.log").write_text("cut off")
+    Plays(tmp_path, None, {}, lambda line: None).collect_interrupted()
+    assert (tmp_path / "runs/a/r1a2/summary.json").read_text() == own
+    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == ["r1a2"]
+    assert (tmp_path / "left-over/20260101-000000-1p1d-a-r1a1/summary.json").is_file()

@@ -202,6 +202,11 @@ class Plays:
                     run.replace(self.folder / LEFT_OVER / run.name)
         shutil.rmtree(staging, ignore_errors=True)
 
+    def collect_interrupted(self) -> None:
+        """Put what an attempt that was cut off had fetched into its folder."""
+        for staging in sorted(self.folder.glob("runs/*/.r*a*")):
+            self._collect(staging, staging.with_name(staging.name[1:]))
+
     def fetch_ahead(self, cell: Cell) -> None:
         """Fetch the model of the next deployment while this one is measured; once for each."""
         if cell.deployment not in self.fetched or (self.fetching and self.fetching[0] == cell.deployment):

@@ -123,6 +123,7 @@ def _measure(
         fetched=frozenset(key for key, one in planned.clusters.items() if one.cluster["model_source"] in ("hub", "rsync")),
         steal=last is not None and last["host"] != socket.gethostname(),
     )  # fmt: skip
+    driver.collect_interrupted()
     print(flush=True)
     try:
         with plays.interruptible():
