@@ -191,7 +191,7 @@ class ActionModule(ActionBase):
 
     def _peer(self, folder: Path, bench: dict[str, Any]) -> tuple[str, str]:
         """Return another bench client's figures beside ours, and what went wrong with it; both empty without one."""
-        if not bench["after"]:
+        if not any(client["after"] for client in bench["clients"].values()):
             return "", ""
         shown = self._pdbench(["peer", str(folder)])
         if shown.stdout.strip():
