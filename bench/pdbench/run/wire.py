@@ -387,7 +387,8 @@ class Wire:
             arrived = seconds + behind + nanoseconds * 1e-9
             # Between sending and now, or a clock was set: then the read itself is the best that is known.
             if exchange.sent <= arrived <= now:
-                stamp = arrived
+                # The distance of the clocks is read anew with every batch, a microsecond more or less: time stays in order.
+                stamp = max(arrived, exchange.stamps[-1]) if exchange.stamps else arrived
                 late = now - arrived
                 self.stamped += 1
         self.lags[int(max(late, self._away) * LAG_STEPS)] += 1
