@@ -121,17 +121,3 @@ def test_plan_writes_and_removes_only_its_own_files(checkout: Checkout) -> None:
     checkout.play("plan.yml", "-e", f"plan_dir={folder}", "-e", "ratio=2p2d").good()
     assert not (folder / "gh200" / "pd-prefill-2.service").exists()
     assert (folder / "docs" / "pd-thesis.txt").read_text() == "mine"
-
-
-def test_a_limit_does_not_pretend_to_change_what_it_leaves_out(checkout: Checkout) -> None:
-    try:
-        checkout.play("deploy_pd.yml").good()
-        refused = checkout.play("deploy_pd.yml", "-l", "a100", "-e", '{"engine_env": {"X": "1"}}')
-        assert refused.code != 0
-        assert "--limit leaves out gh200, and prefill-0 there would change: type -l gh200,a100" in " ".join(refused.text.split())
-        # what a limited teardown stopped is no longer counted on
-        checkout.play("teardown.yml", "-l", "gh200").good()
-        checkout.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=1p1d").good()
-        assert sorted(checkout.pids()) == ["pd-decode-0", "pd-prefill-0", "pd-router"]
-    finally:
-        checkout.play("teardown.yml").good()

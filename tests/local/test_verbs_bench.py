@@ -49,14 +49,6 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     assert clean.play("teardown.yml").good().changed == {"gh200": 0, "a100": 0}
 
 
-def test_aggregated_workers_under_a_load_in_stages(clean: Checkout) -> None:
-    load = {"prefix_len": 16, "stages": [{"concurrency": 4}, {"batch": 6}]}
-    clean.play("bench.yml", "-e", "ratio=2agg", "-e", json.dumps({"bench_load": load}), *LOAD[2:]).good()
-    points = json.loads((clean.folder / "results" / "latest" / "summary.json").read_text())["points"]
-    assert [(p["concurrency"], p["num_requests"], p["shared_prefix"]) for p in points] == [(4, 24, True), (6, 6, True)]
-    assert sorted(clean.pids()) == ["pd-aggregated-0", "pd-aggregated-1", "pd-router"]
-
-
 def test_an_interrupted_bench_is_fetched_by_the_next(clean: Checkout) -> None:
     clean.play("bench.yml", "-e", "bench_num_requests=8", "-e", "bench_output_len=4", "-e", "bench_concurrency=4").good()
     old = {path.name for path in (clean.folder / "results").iterdir()}

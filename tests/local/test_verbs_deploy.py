@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import time
 
-from local.conftest import REPO, Checkout
+from local.conftest import Checkout
 
 from pdlib import processes
-
-LOAD = ("-e", "bench_concurrency=4,8", "-e", "bench_num_requests=24", "-e", "bench_output_len=16")
 
 
 def test_second_deploy_changes_nothing_and_a_ratio_moves_the_fewest(clean: Checkout) -> None:
@@ -45,23 +42,6 @@ def test_second_deploy_changes_nothing_and_a_ratio_moves_the_fewest(clean: Check
     # bench without a ratio measures what is deployed
     clean.play("bench.yml", "-e", "bench_num_requests=16", "-e", "bench_output_len=8", "-e", "bench_concurrency=4").good()
     assert json.loads((clean.folder / "results" / "latest" / "plan.json").read_text())["ratio"] == "2p2d"
-
-
-def test_check_mode_is_truthful_and_touches_nothing(clean: Checkout) -> None:
-    files = clean.files()
-    foretold = clean.play("deploy_pd.yml", "--check", "--diff").good()
-    assert all(count > 0 for count in foretold.changed.values())
-    assert "would start pd-prefill-0" in foretold.text
-    assert clean.processes() == []
-    assert clean.files() - files <= {".pd", ".pd/deployed"}
-    clean.play("deploy_pd.yml").good()
-    before = clean.pids()
-    assert clean.play("deploy_pd.yml", "--check").good().changed == {"gh200": 0, "a100": 0}
-    foretold = clean.play("deploy_pd.yml", "--check", "-e", "ratio=2p2d").good()
-    assert "would stop pd-prefill-2" in foretold.text
-    assert "would start pd-decode-1" in foretold.text
-    clean.play("teardown.yml", "--check").good()
-    assert clean.pids() == before
 
 
 def test_a_taken_port_is_named_with_its_holder(clean: Checkout) -> None:
@@ -101,25 +81,3 @@ def test_teardown_after_a_deploy_killed_half_way(clean: Checkout) -> None:
     clean.play("teardown.yml").good()
     assert clean.processes() == []
     assert clean.bound() == set()
-
-
-def test_purge_removes_installs_and_compiled_kernels_and_a_teardown_shipped_files(clean: Checkout) -> None:
-    jit, shipped = clean.folder / ".pd" / "jit", "tests/data/README.md"
-    given = json.dumps({"cache_dir": str(jit), "engine_files": [shipped]})
-    assert f"made {jit}" in clean.play("deploy_pd.yml", "-e", given).good().text
-    for host in ("gh200", "a100"):
-        sent = clean.state(host) / "files" / "README.md"
-        assert sent.read_text() == (clean.folder / shipped).read_text()
-    again = clean.play("deploy_pd.yml", "-e", given).good()
-    assert again.changed == {"gh200": 0, "a100": 0}
-    clean.play("teardown.yml").good()
-    assert not sent.exists()
-    assert jit.is_dir(), "compiled kernels stay without purge"
-    # an install_dir of its own, so that the other tests keep theirs; it knows of the folder
-    own = clean.folder / ".pd" / "purged"
-    own.mkdir()
-    (own / ".pd").write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
-    shutil.move(REPO / ".pd" / "test" / "verbs" / "caches", own / "caches")
-    clean.play("teardown.yml", "-e", "purge=true", "-e", f"install_dir={own}").good()
-    assert not own.exists()
-    assert not jit.exists()
