@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import mmap
 import socket
 import ssl
@@ -169,6 +170,22 @@ def test_stamps_are_arrivals_however_late_they_are_read(served: Callable[..., Se
     assert wire.stamped >= 1
     assert done[0].stamps[0] - came[0] < 0.4
     assert max(wire.lags) >= 1000, "a delay of 0.4 s is not in the record, in steps of 0.1 ms"
+
+
+def test_stamps_stay_in_order_though_the_clocks_are_compared_badly(
+    served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's clock is not the process's, and how far apart they are is read anew with every batch."""
+    true, wrong = time.time, itertools.cycle([0.0, -0.02, 0.01, -0.005])
+    monkeypatch.setattr("pdbench.run.wire.time.time", lambda: true() + next(wrong))
+    pieces: list[bytes | float] = []
+    for at in range(0, len(STREAM), 2):
+        pieces += [STREAM[at : at + 2], 0.002]
+    (found,) = exchanges(served(lambda n, r: [0.05, *pieces]).url, [b"{}"])
+    assert body_of(found) == EVENTS
+    assert len(found.stamps) > 5
+    assert list(found.stamps) == sorted(found.stamps)
+    assert found.sent < found.stamps[0] <= found.stamps[-1] <= found.ended
 
 
 def test_a_prompt_larger_than_the_socket_takes(served: Callable[..., Server]) -> None:

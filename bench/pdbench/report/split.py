@@ -60,7 +60,7 @@ def bars(bars: Sequence[tuple[str, Json]], theme: Theme, each: float = 0.7) -> F
             continue
         colour, hatch = _LOOK[stage]
         parts = ax.barh(labels, values, left=left, color=colour, hatch=hatch, label=NAMES.get(stage, REST), edgecolor=theme.paper)
-        shown = [f"{value:.3g}" if value > _ROOM * longest else "" for value in values]
+        shown = [(f"{value:,.0f}" if value >= 100 else f"{value:.3g}") if value > _ROOM * longest else "" for value in values]
         rim = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
         for text in ax.bar_label(parts, shown, label_type="center", fontsize=8):
             if text.get_text():
