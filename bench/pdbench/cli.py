@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from pdbench import __version__
@@ -54,5 +55,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"pdbench {args[0]} needs {missing.name}: pip install 'pdbench[{extra}]'", file=sys.stderr)
         return 1
-    code: int = verb.main(args[1:])
+    try:
+        code: int = verb.main(args[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has seen enough (`| head`); what is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +116,11 @@ def test_no_server_is_could_not_measure(tmp_path: Path, capfd: pytest.CaptureFix
     said = capfd.readouterr().err
     assert "did not answer the first request: not connected" in said
     assert "Traceback" not in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "pdbench", "run", "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -52,7 +52,8 @@ class Cell:
 
     def deployment_words(self) -> str:
         """Return what is swept of the deployment, in a few words; "" when nothing is."""
-        return _words({name: value for name, value in self.variables.items() if name not in self.load})
+        words = _words({name: value for name, value in self.variables.items() if name not in self.load})
+        return words if len(words) <= _LONGEST_ID else f"{words[: _LONGEST_ID - 1]}…"
 
     def to_json(self) -> Json:
         """Return the cell as sweep.json has it."""
