@@ -37,7 +37,17 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 good, 1 could not, 2 bad usage, 3 measured but invalid."""
-    args = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has seen enough (`| head`); what is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if args else 2
@@ -55,11 +65,5 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"pdbench {args[0]} needs {missing.name}: pip install 'pdbench[{extra}]'", file=sys.stderr)
         return 1
-    try:
-        code: int = verb.main(args[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Who read our output has seen enough (`| head`); what is still in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    code: int = verb.main(args[1:])
     return code

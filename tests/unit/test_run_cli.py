@@ -121,6 +121,6 @@ def test_no_server_is_could_not_measure(tmp_path: Path, capfd: pytest.CaptureFix
 def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "pdbench", "run", "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "pdbench", "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
