@@ -72,14 +72,6 @@ def test_refused_before_any_host_is_touched(checkout: Checkout, name: str) -> No
     assert checkout.processes() == []
 
 
-def test_what_the_ratio_does_not_need_may_be_left_out(checkout: Checkout) -> None:
-    try:
-        checkout.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=2p2d").good()
-        assert sorted(checkout.pids()) == ["pd-decode-0", "pd-decode-1", "pd-prefill-0", "pd-prefill-1", "pd-router"]
-    finally:
-        checkout.play("teardown.yml").good()
-
-
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

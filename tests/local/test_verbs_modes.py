@@ -60,6 +60,11 @@ def test_a_limit_does_not_pretend_to_change_what_it_leaves_out(clean: Checkout) 
     assert sorted(clean.pids()) == ["pd-decode-0", "pd-prefill-0", "pd-router"]
 
 
+def test_what_the_ratio_does_not_need_may_be_left_out(clean: Checkout) -> None:
+    clean.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=2p2d").good()
+    assert sorted(clean.pids()) == ["pd-decode-0", "pd-decode-1", "pd-prefill-0", "pd-prefill-1", "pd-router"]
+
+
 def test_aggregated_workers_under_a_load_in_stages(clean: Checkout) -> None:
     load = {"prefix_len": 16, "stages": [{"concurrency": 4}, {"batch": 6}]}
     clean.play("bench.yml", "-e", "ratio=2agg", "-e", json.dumps({"bench_load": load}), *LOAD[2:]).good()
