@@ -50,7 +50,8 @@ def inventory(count: int) -> dict[str, Any]:
     names = [f"h{number}" for number in range(1, count + 1)]
     half = (count + 1) // 2
     plain = yaml.safe_load((REPO / "tests" / "lab" / "inventory" / "hosts.yml").read_text())["all"]["vars"]
-    changed = {"gpus": 1, "ratio": f"{half}p{count - half}d", "lab_net": CONTROLLER.rsplit(".", 1)[0]}
+    # 48 workers that start at once on two cores need longer than the 120 s of the lab's inventory.
+    changed = {"gpus": 1, "ratio": f"{half}p{count - half}d", "lab_net": CONTROLLER.rsplit(".", 1)[0], "ready_timeout": 1200}
     groups = {"prefill_nodes": names, "decode_nodes": names[::-1], "router": names[:1], "bench_clients": []}
     children = {group: {"hosts": dict.fromkeys(members)} for group, members in groups.items()}
     return {"all": {"vars": {**plain, **changed}, "children": children}}
