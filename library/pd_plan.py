@@ -11,7 +11,7 @@ description:
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
     C(playbooks/vars/derived.yml).
 options:
-  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, plan, doctor, teardown], required: true}
+  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, plan, doctor, teardown], required: true}
   discovered:
     description: Compare with what the hosts have, and start from the plan that the router's host holds (both as role preflight found them).
     type: bool
@@ -76,7 +76,7 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "verb": {"type": "str", "choices": ["deploy", "bench", "plan", "doctor", "teardown"], "required": True},
+            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "plan", "doctor", "teardown"], "required": True},
             "discovered": {"type": "bool", "default": False},
             "show": {"type": "bool", "default": False},
         },

@@ -24,11 +24,15 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_peers, bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, plan, probe, processes, profile_spec, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
-from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
+from pdlib.variables import BENCH, ONLY_TYPED, VARIABLES, VERB  # noqa: E402
 
 display = Display()
+
+
+#: Verbs that send a load to what is deployed.
+MEASURING = ("bench", "profile")
 
 
 class ActionModule(ActionBase):
@@ -49,20 +53,21 @@ class ActionModule(ActionBase):
         verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
         extra = dict(load_extra_vars(loader=self._loader))
         settings.check_extra_vars(extra)
-        if verb == "bench" and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
-            raise UserError("bench.yml judges and plots runs with pdbench, which this Ansible's Python has not: make setup")
+        measures = verb in MEASURING
+        if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
+            raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
         groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
-        as_deployed = verb in ("bench", "doctor")
+        as_deployed = measures or verb == "doctor"
         inherited = dict((current or {}).get("overrides", {})) if as_deployed else {}
         inherited = {name: value for name, value in inherited.items() if name not in extra}
         if as_deployed and current and "ratio" not in extra:
             inherited["ratio"] = current["ratio"]
         by_host: dict[str, dict[str, Any]] = {}
         for host in ours:
-            given = {name: hostvars[host].get(name) for name in VARIABLES}
+            given = {name: hostvars[host].get(name) for name in VARIABLES if name not in ONLY_TYPED or name in extra}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
@@ -93,13 +98,13 @@ class ActionModule(ActionBase):
             planner = plan.Planner(inputs)
             if verb == "doctor":
                 return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
-            if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
+            if measures and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
-                    "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
+                    f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
                 )
             clients = groups["bench_clients"]
-            planner.check_limit(clients if verb == "bench" else [])
-            if verb == "bench":
+            planner.check_limit(clients if measures else [])
+            if measures:
                 bench_peers.check(cluster, planner.engine.emulated, len(clients))
             open_hosts = [] if discovered or verb == "plan" else planner.left_to_discover()
             if open_hosts:
@@ -117,12 +122,16 @@ class ActionModule(ActionBase):
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
             self._check_files(made)
-            if verb == "bench":
-                several = len(clients) > 1
+            if measures:
+                # A profile's load is one batch, which one client sends.
+                senders = clients if verb == "bench" else clients[:1]
+                several = len(senders) > 1
                 meet = bench_spec.meet(planner.address(clients[0]), cluster) if several else ""
                 key = secrets.token_hex(16) if several else ""
-                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time(), meet, key)
-                for client in clients:
+                facts["pd_bench"] = bench_spec.make(made, cluster, senders, by_host, str(ROOT), time.time(), meet, key)
+                if verb == "profile":
+                    facts["pd_bench"] = profile_spec.make(facts["pd_bench"], made, cluster)
+                for client in facts["pd_bench"]["clients"]:
                     planner.check_python(client)
             facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
             if verb != "plan":
