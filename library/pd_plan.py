@@ -9,7 +9,7 @@ short_description: Check everything the user wrote and make the plan
 description:
   - Reads extra-vars, C(--limit) and the inventory on the controller, refuses what cannot work, and places the workers.
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
-    C(playbooks/vars/derived.yml).
+    the role C(pd).
 options:
   verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, plan, doctor, teardown], required: true}
   discovered:

@@ -42,7 +42,7 @@ class ActionModule(ActionBase):
     _VALID_ARGS = frozenset({"verb", "discovered", "show"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the plan and what is derived from it; plays register it as `__pd_planned` (playbooks/vars/derived.yml)."""
+        """Return the plan and what is derived from it; plays register it as `__pd_planned` (the role pd)."""
         super().run(tmp, task_vars)
         try:
             return self._run(task_vars or {})

@@ -179,7 +179,7 @@ def test_an_argument_spec_lists_what_the_tasks_read(role: str, entry: str) -> No
 
 
 def test_what_the_plan_returns_is_documented_and_reaches_roles_under_the_same_names(rendered: Any) -> None:
-    derived = yaml.safe_load((REPO / "playbooks" / "vars" / "derived.yml").read_text())
+    derived = yaml.safe_load((REPO / "roles" / "pd" / "vars" / "main.yml").read_text())
     assert derived == {name: f"{{{{ __pd_planned.{name} }}}}" for name in derived}
     made = set(re.findall(r'"(pd_\w+)"', (REPO / "plugins" / "action" / "pd_plan.py").read_text()))
     assert set(derived) == set(rendered["pd_plan"]["return"]) == made

@@ -70,7 +70,8 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
             "traces": [trace.to_json() for trace in found],
             "log": _log(folder / "logs", name, role),
         }
-    return {"schema": 1, "role": role, "steps": _asked(profile), "workers": workers, "problems": problems}, problems
+    load = _load(_json(folder / "summary.json"))
+    return {"schema": 1, "role": role, "load": load, "steps": _asked(profile), "workers": workers, "problems": problems}, problems
 
 
 def _targets(folder: Path, role: str, problems: list[str]) -> tuple[Target, ...]:
@@ -79,6 +80,18 @@ def _targets(folder: Path, role: str, problems: list[str]) -> tuple[Target, ...]
     except LoadError as why:
         problems.append(f"{why}; was this folder made by profile.yml?")
         return ()
+
+
+def _load(summary: Mapping[str, Any]) -> Json | None:
+    """Return the load's own figures, as one-batch tools give them (SGLang's bench_one_batch_server)."""
+    for point in summary.get("points", [])[:1]:
+        names = ("completed", "failed", "duration_s", "input_throughput", "output_throughput")
+        return {
+            **{name: point.get(name) for name in names},
+            "ttft_ms": point["ttft_ms"]["mean"],
+            "itl_ms": point["itl_ms"]["mean"],
+        }
+    return None
 
 
 def _asked(profile: Mapping[str, Any]) -> int:
@@ -137,6 +150,12 @@ def render(told: Mapping[str, Any], top: int) -> str:
     ]
     if logs:
         parts.append("of the engine's own log (medians):\n" + _table(["worker", "lines", "tokens/s", "gap ms"], logs))
+    if load := told["load"]:
+        parts.append(
+            f"the load: {load['completed']} requests ({load['failed']} failed) in {load['duration_s']:.1f} s, "
+            f"{load['input_throughput']:.0f} tokens/s in, {load['output_throughput']:.0f} out, TTFT {load['ttft_ms']:.0f} ms, "
+            f"ITL {load['itl_ms']:.2f} ms; slowed down or profiled, it is no benchmark"
+        )
     if any(trace["emulated"] for worker in told["workers"].values() for trace in worker["traces"]):
         parts.append("EMULATED: no GPU was used; steps are those of the performance model, and there are no kernels.")
     return "\n\n".join(parts)
