@@ -105,12 +105,12 @@ def test_decode_gathers_the_batch_and_is_let_go(cluster: Cluster, tmp_path: Path
 
 def test_prefill_is_recorded_while_it_has_a_queue(cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    code, text = cluster.profile(out, "prefill", "--steps", "1")
+    code, text = cluster.profile(out, "prefill", "--steps", "2", "--isl", "3000", osl=2)
     assert code == 0, text
     told, problems = cluster.read(out)
     assert problems == []
     (trace,) = told["workers"]["prefill-0"]["traces"]
-    assert trace["steps"] == 1
+    assert trace["steps"] == 2
     assert untouched(cluster.decode)
 
 
