@@ -225,7 +225,7 @@ def page(costs: list[Cost]) -> str:
     )
     why = (
         "What a no-op costs beyond the empty play: Ansible builds an archive of every *different* module once a command (four of "
-        "ours, one `ping`), every host compiles the module that it is sent, and ours read facts, units and processes where `ping` "
+        "ours, one `ping`), every host compiles the module that it is sent, and ours read facts, units and processes where ping "
         "reads nothing."
     )
     picture = "![wall time and CPU against hosts](deploy-scale.png)"
