@@ -92,7 +92,9 @@ class ActionModule(ActionBase):
         if verb != "teardown":
             planner = plan.Planner(inputs)
             if verb == "doctor":
-                return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
+                facts |= {**self._examined(planner, ours), "pd_inventory": self._inventory()}
+                facts["pd_meet"] = self._meet(planner, groups["bench_clients"], cluster)
+                return {"changed": False, **facts, **self._common(cluster)}
             if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
                     "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
@@ -124,7 +126,7 @@ class ActionModule(ActionBase):
                 facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time(), meet, key)
                 for client in clients:
                     planner.check_python(client)
-            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
+            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit) | {"inventory": self._inventory()}
             if verb != "plan":
                 made["kv_probe"] = facts["pd_probe"]["known"]
             facts["pd_plan"] = made
@@ -224,9 +226,21 @@ class ActionModule(ActionBase):
         except ValueError as error:
             raise UserError(f"{path} is not a plan ({error})") from None
 
-    def _copy_path(self) -> Path:
+    @staticmethod
+    def _inventory() -> str:
         sources = [str(Path(source).resolve()) for source in context.CLIARGS.get("inventory") or ["default"]]
-        return ROOT / ".pd" / "deployed" / f"{plan.inventory_id(sources)}.json"
+        return plan.inventory_id(sources)
+
+    def _copy_path(self) -> Path:
+        return ROOT / ".pd" / "deployed" / f"{self._inventory()}.json"
+
+    @staticmethod
+    def _meet(planner: plan.Planner, clients: list[str], cluster: dict[str, Any]) -> dict[str, Any]:
+        """Where several bench clients meet, {} for one; the address of a host that could not be asked may be open."""
+        try:
+            return {"address": planner.address(clients[0]), "port": cluster["bench_meet_port"]} if len(clients) > 1 else {}
+        except UserError:
+            return {}
 
     @staticmethod
     def _own_names(hostvars: Any, host: str) -> list[str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from unit.doctor_faults import SPOILT, Spoil, healthy, made
 
-from pdlib import doctor
+from pdlib import doctor, doctor_fabric, doctor_host, doctor_serving
 from pdlib.doctor_facts import SEVERITIES, Seen
 
 REPO = Path(__file__).resolve().parents[2]
@@ -55,6 +57,49 @@ def test_exactly_the_right_checks_find_it(ids: tuple[str, ...], severity: str, w
 
 def test_every_check_is_provoked_by_a_fault() -> None:
     assert {check for ids, *_ in SPOILT for check in ids} == set(doctor.CHECKS)
+
+
+#: Where a finding is made: module, line, severity.
+Place = tuple[str, int, str]
+MODULES = (doctor_host, doctor_fabric, doctor_serving)
+WORDS = {"error": "error", "warning": "warning", "info": "info", "severe": "error"}
+
+
+def words(called: ast.expr) -> list[str]:
+    """The severities with which an expression, called, makes a finding."""
+    if isinstance(called, ast.IfExp):
+        return words(called.body) + words(called.orelse)
+    return [WORDS[called.id]] if isinstance(called, ast.Name) and called.id in WORDS else []
+
+
+def places() -> set[Place]:
+    """Every place in the checks' source at which a finding is made."""
+    trees = [(module.__name__, ast.parse(Path(str(module.__file__)).read_text())) for module in MODULES]
+    calls = [(name, node) for name, tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {(name, node.lineno, severity) for name, node in calls for severity in words(node.func)}
+
+
+def test_every_finding_is_provoked_by_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check makes several findings, which are not told apart by its id: each line that makes one is reached by a fault."""
+    made_at: set[Place] = set()
+
+    def noting(module: str, severity: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            made_at.add((module, sys._getframe(1).f_lineno, severity))
+            return make(*arguments)
+
+        return noted
+
+    for module in MODULES:
+        for severity in SEVERITIES[:-1]:
+            if hasattr(module, severity):
+                monkeypatch.setattr(module, severity, noting(module.__name__, severity, getattr(module, severity)))
+    for *_, fabric, spoil in SPOILT:
+        facts = copy.deepcopy(healthy(fabric))
+        spoil(facts)
+        doctor.examine(made(facts))
+    assert len(places()) > len(doctor.CHECKS)
+    assert made_at == places()
 
 
 def test_every_check_says_what_holds_and_what_a_person_would_type() -> None:

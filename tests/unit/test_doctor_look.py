@@ -219,6 +219,14 @@ def test_the_ways_of_a_plan() -> None:
     assert found["n2", "n3", 8000] == "the router"
     assert found["n2", "n1", 30000] == "HTTP of prefill-0 (metrics)"
     assert [key for key, what in found.items() if "ZMQ" in what] == [("n2", "n1", 12100), ("n2", "n1", 18300)]
+    # of several clients the first asks the workers, and all come to it and to the router
+    meet = {"address": "127.0.0.4", "port": 8890}
+    several = doctor_reach.ways(plan, ["n4", "n5", "n6"], {}, meet)
+    assert {(way["to"], way["port"]) for way in several if way["from"] == "n4"} == {("n1", 30000), ("n2", 30000), ("n3", 8000)}
+    for other in ("n5", "n6"):
+        assert {(way["to"], way["address"], way["port"]) for way in several if way["from"] == other} == {
+            ("n3", "127.0.0.3", 8000), ("n4", "127.0.0.4", 8890)
+        }  # fmt: skip
     # nothing within a host, and nothing for a plan that is not there
     assert not [way for way in found if way[0] == way[1]]
     assert doctor_reach.ways({}) == []
@@ -295,6 +303,23 @@ def test_a_port_where_nothing_can_listen_is_not_blamed_on_the_way() -> None:
         rows = both(doctor_reach.jobs([way], {"n1": [], "n2": []}), 1)
     (row,) = doctor_reach.heard(rows)["n1"]
     assert (row["state"], row["why"]) == ("unheard", "n2 cannot listen there: Address already in use")
+
+
+def test_a_host_that_came_when_the_other_was_gone_is_not_blamed_on_the_way() -> None:
+    way = {"from": "n1", "to": "n2", "address": "127.0.0.2", "port": free_port(), "what": "x"}
+    jobs = doctor_reach.jobs([way], {"n1": [], "n2": []})
+    began = time.monotonic()
+    rows = {"n2": doctor_reach.reach(jobs["n2"], 0.2)}
+    gone = time.monotonic()
+    rows["n1"] = doctor_reach.reach(jobs["n1"], 0.2)
+    assert rows["n1"][0]["state"] == "refused"
+    (late,) = doctor_reach.heard(rows, {"n2": (began, gone), "n1": (gone, time.monotonic())})["n1"]
+    assert (late["state"], late["why"].startswith("n2 and n1 were examined one after the other")) == ("unheard", True)
+    # at the same time it is a refusal, and so is one of a service that is there
+    at_once = {"n2": (0.0, 5.0), "n1": (4.9, 9.0)}
+    assert doctor_reach.heard(rows, at_once)["n1"][0]["state"] == "refused"
+    rows["n1"] = [{**row, "direct": True} for row in rows["n1"]]
+    assert doctor_reach.heard(rows, {"n2": (0.0, 1.0), "n1": (2.0, 3.0)})["n1"][0]["state"] == "refused"
 
 
 def test_a_refusal_and_a_silence_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
