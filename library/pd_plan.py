@@ -62,6 +62,12 @@ pd_examined:
   returned: with C(verb=doctor)
   type: dict
   sample: {deployed: true, refused: ""}
+pd_inventory: {description: "The inventory's id, as kv_probe.json has it.", returned: with C(verb=doctor), type: str, sample: local-1f2e3d4c}
+pd_meet:
+  description: Where several bench clients meet; empty for one.
+  returned: with C(verb=doctor)
+  type: dict
+  sample: {address: 192.0.2.1, port: 8890}
 pd_bench:
   description: The run and where it happens.
   returned: with C(verb=bench); with C(verb=teardown) when there is a client host
