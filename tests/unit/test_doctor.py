@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,8 +142,8 @@ def test_the_table_is_most_severe_first_and_fits_a_terminal() -> None:
     assert "\n" not in words
 
 
-def examine_plugin() -> Any:
-    spec = importlib.util.spec_from_file_location("pd_examine", REPO / "plugins" / "action" / "pd_examine.py")
+def plugin(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, REPO / "plugins" / "action" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -151,11 +152,35 @@ def examine_plugin() -> Any:
 
 
 def test_the_cuda_runtime_of_an_engine_is_that_of_its_lock_on_linux() -> None:
-    plugin = examine_plugin()
+    examine = plugin("pd_examine")
     for engine in ("sglang-0.5.23", "sglang-0.5.17", "vllm-0.33.0"):
-        assert plugin.wheel_cuda([f"no-deps:requirements/engine-{engine}.txt"]) == "13.0.96", engine
-    assert plugin.wheel_cuda(["requirements/pdbench-emulate.txt", "pdbench"]) == ""
-    assert [name for name in ("n1", "n1.cluster", "127.0.0.1", "::1") if plugin.is_name(name)] == ["n1", "n1.cluster"]
+        assert examine.wheel_cuda([f"no-deps:requirements/engine-{engine}.txt"]) == "13.0.96", engine
+    assert examine.wheel_cuda(["requirements/pdbench-emulate.txt", "pdbench"]) == ""
+    assert [name for name in ("n1", "n1.cluster", "127.0.0.1", "::1") if examine.is_name(name)] == ["n1", "n1.cluster"]
+
+
+def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two inventories that share a results folder, and the names of their workers."""
+    ends = {name: {"host": host, "address": host, "workers": [name], "gpu": 0} for name, host in (("prefill-0", "n1"), ("decode-0", "n2"))}
+    pair = {"id": "0", "fingerprint": "f", "prefill": "prefill-0", "decode": "decode-0", "from": "prefill-0", "to": "decode-0"}
+    work = {"inventory": "mine-1", "backend": "mooncake", "op": "write", "mode": "report", "known": {}, "waiting": {}, "moving": {}}
+    work |= {"ends": ends, "pairs": [{**pair, "expected": "rdma"}]}
+    tells = {"trouble": "/opt/pd: No such file or directory"}
+    path = plugin("pd_kv_path")
+    judge = path.ActionModule.__new__(path.ActionModule)
+    judge._task = SimpleNamespace(check_mode=False, args={"results_dir": str(tmp_path)})
+    hosts = {"n1": {"__pd_probe_served": {}, "__pd_probe_moved": {}}, "n2": {"__pd_probe_served": tells, "__pd_probe_moved": {}}}
+    judge._judge({**work, "ends": {name: {**end, "python": "/opt/pd"} for name, end in ends.items()}}, {"hostvars": hosts})
+    assert json.loads((tmp_path / "kv_probe.json").read_text())["inventory"] == "mine-1"
+
+    examine = plugin("pd_examine")
+    look = examine.ActionModule.__new__(examine.ActionModule)
+    look.plan = {"transfer_backend": "mooncake", "pairs": [{"prefill": "prefill-0", "decode": "decode-0"}], "emulated": False}
+    look.planned = {"pd_settings": {"results_dir": str(tmp_path)}, "pd_inventory": "mine-1"}
+    facts = {**healthy(), "probe": look._probe()}
+    assert [(row.id, row.severity) for row in bad(made(facts))] == [("kv-probe", "error")]
+    look.planned["pd_inventory"] = "theirs-2"
+    assert look._probe() == {}
 
 
 def test_the_page_of_checks_is_up_to_date_and_staleness_is_noticed(tmp_path: Path) -> None:
