@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from unit.doctor_faults import SPOILT, Spoil, healthy, made
+from unit.doctor_faults import SPOILT, Json, Spoil, healthy, made
 
 from pdlib import doctor, doctor_fabric, doctor_host, doctor_serving
 from pdlib.doctor_facts import SEVERITIES, Seen
@@ -157,6 +158,23 @@ def test_the_cuda_runtime_of_an_engine_is_that_of_its_lock_on_linux() -> None:
         assert examine.wheel_cuda([f"no-deps:requirements/engine-{engine}.txt"]) == "13.0.96", engine
     assert examine.wheel_cuda(["requirements/pdbench-emulate.txt", "pdbench"]) == ""
     assert [name for name in ("n1", "n1.cluster", "127.0.0.1", "::1") if examine.is_name(name)] == ["n1", "n1.cluster"]
+
+
+@pytest.mark.parametrize(
+    ("holder", "live", "busy"),
+    [
+        ({"verb": "bench", "controller": "elsewhere", "pid": 7}, [], True),
+        ({"verb": "bench", "controller": socket.gethostname(), "pid": 7}, [7], True),
+        # a command of this controller's that is dead
+        ({"verb": "bench", "controller": socket.gethostname(), "pid": 7}, [8], False),
+        ({}, [], False),
+    ],
+)
+def test_who_holds_the_lock_is_busy_unless_it_is_dead(holder: Json, live: list[int], busy: bool) -> None:
+    examine = plugin("pd_examine")
+    look = examine.ActionModule.__new__(examine.ActionModule)
+    look.planned = {"pd_live_pids": live}
+    assert look._holder({"groups": {"router": ["n1"]}, "hostvars": {"n1": {"__pd_found": {"holder": holder}}}}) == (holder if busy else {})
 
 
 def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

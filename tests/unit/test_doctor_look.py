@@ -200,6 +200,21 @@ def test_supervisords_log_says_how_often_a_unit_was_started_anew() -> None:
     assert doctor_look.supervisord_past(log, "pd-prefill-0") == (0, [])
 
 
+def test_systemd_says_how_often_and_whether_memory_was_the_reason() -> None:
+    shown = {"NRestarts=3\nResult=oom-kill\n": (3, True), "NRestarts=1\nResult=exit-code\n": (1, False), "": (0, False)}
+    for said, (count, memory) in shown.items():
+        found, why = doctor_look._systemd_past("pd-decode-0", answers({"systemctl show": (0, said, "")}))
+        assert (found, "want of memory" in why) == (count, memory), said
+
+
+def test_a_name_that_nobody_knows_has_no_address_and_a_folder_to_be_has_room(tmp_path: Path) -> None:
+    assert doctor_look._resolved("localhost") in ("127.0.0.1", "::1")
+    assert doctor_look._resolved("no-such-host.invalid") == ""
+    there, later = doctor_look._room(str(tmp_path)), doctor_look._room(str(tmp_path / "not" / "yet"))
+    assert later["total"] == there["total"] > there["free"] >= 0
+    assert later["path"] == str(tmp_path / "not" / "yet")
+
+
 # -- ways between hosts
 
 
