@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once; ``model``: its served name."""
+    """What a plan says of where servers listen: names to URLs; ``gpus`` counts each GPU once; ``model``: its served name."""
 
     ratio: str
     engine: Engine

@@ -1,4 +1,4 @@
-"""Runs in the VM of rdma_vm.sh: both ends of the KV path probe over its RDMA device; prints what became of each transfer engine."""
+"""Runs in the VM of rdma_vm.sh: both ends of the KV path probe over its RDMA device, by one transfer engine after the other."""
 
 from __future__ import annotations
 

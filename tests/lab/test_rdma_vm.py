@@ -83,7 +83,7 @@ def test_a_real_device_is_read_as_its_own_tools_read_it(tmp_path: Path) -> None:
 #: What of an engine's virtualenv the transfer engines are; Mooncake's variant for CPUs uses the system's libibverbs.
 PACKAGES = ("nixl", "nixl_cu13", "nixl_cu13.libs", ".nixl_cu13.mesonpy.libs", "nixl*.dist-info", "nixl_meta_utils.py")
 PACKAGES += ("mooncake", "mooncake_*", "numpy", "numpy.libs")
-#: NIXL's wheel has a libibverbs of its own, for which there is a driver of mlx5 alone: here it gets the system's, which knows rxe.
+#: NIXL's wheel has a libibverbs of its own, with a driver of mlx5 alone: here it gets the system's, which knows rxe.
 PROBE = """
 for library in /site/nixl_cu13.libs/libibverbs-*; do ln -sf /usr/lib/x86_64-linux-gnu/libibverbs.so.1 $library; done
 ulimit -l unlimited
@@ -99,7 +99,7 @@ def _added(folder: Path) -> Path:
     found = [path for name in PACKAGES for path in sites[-1].glob(name)]
     assert {"nixl_cu13", "mooncake"} <= {path.name for path in found}
     added = {f"site/{path.name}": path for path in found}
-    added |= {f"probe/tests/{name}": REPO / "tests" / where / name for where, name in (("", "probe_ends.py"), ("lab", "rdma_probe.py"))}
+    added |= {f"probe/tests/{path.name}": path for path in (REPO / "tests/probe_ends.py", REPO / "tests/lab/rdma_probe.py")}
     tool = "library/module_utils/pdlib/probe_tool.py"
     for name, path in {**added, f"probe/{tool}": REPO / tool}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

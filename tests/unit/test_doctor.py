@@ -174,12 +174,14 @@ def test_who_holds_the_lock_is_busy_unless_it_is_dead(holder: Json, live: list[i
     examine = plugin("pd_examine")
     look = examine.ActionModule.__new__(examine.ActionModule)
     look.planned = {"pd_live_pids": live}
-    assert look._holder({"groups": {"router": ["n1"]}, "hostvars": {"n1": {"__pd_found": {"holder": holder}}}}) == (holder if busy else {})
+    seen = {"groups": {"router": ["n1"]}, "hostvars": {"n1": {"__pd_found": {"holder": holder}}}}
+    assert look._holder(seen) == (holder if busy else {})
 
 
 def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two inventories that share a results folder, and the names of their workers."""
-    ends = {name: {"host": host, "address": host, "workers": [name], "gpu": 0} for name, host in (("prefill-0", "n1"), ("decode-0", "n2"))}
+    hosts_of = {"prefill-0": "n1", "decode-0": "n2"}
+    ends = {name: {"host": host, "address": host, "workers": [name], "gpu": 0, "python": "/opt/pd"} for name, host in hosts_of.items()}
     pair = {"id": "0", "fingerprint": "f", "prefill": "prefill-0", "decode": "decode-0", "from": "prefill-0", "to": "decode-0"}
     work = {"inventory": "mine-1", "backend": "mooncake", "op": "write", "mode": "report", "known": {}, "waiting": {}, "moving": {}}
     work |= {"ends": ends, "pairs": [{**pair, "expected": "rdma"}]}
@@ -188,7 +190,7 @@ def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: 
     judge = path.ActionModule.__new__(path.ActionModule)
     judge._task = SimpleNamespace(check_mode=False, args={"results_dir": str(tmp_path)})
     hosts = {"n1": {"__pd_probe_served": {}, "__pd_probe_moved": {}}, "n2": {"__pd_probe_served": tells, "__pd_probe_moved": {}}}
-    judge._judge({**work, "ends": {name: {**end, "python": "/opt/pd"} for name, end in ends.items()}}, {"hostvars": hosts})
+    judge._judge(work, {"hostvars": hosts})
     assert json.loads((tmp_path / "kv_probe.json").read_text())["inventory"] == "mine-1"
 
     examine = plugin("pd_examine")

@@ -35,7 +35,7 @@ class Way(Protocol):
     """How an engine is asked."""
 
     async def over(self, post: Post, pair: Pair, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-        """Send a prompt over a pair; return ``count`` greedy token ids and the log-probability of each in nats, as decode says."""
+        """Send a prompt over a pair; return ``count`` greedy token ids and, as decode says, each one's log-probability in nats."""
 
     async def alone(self, post: Post, pair: Pair, prompt: list[int], ids: list[int]) -> list[tuple[int, float, float]]:
         """Let prefill alone read prompt and answer; return for each token of the answer its id, and in nats its log-probability
@@ -106,10 +106,11 @@ class TwoSteps:
     async def over(self, post: Post, pair: Pair, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
         """Send a prompt to prefill, then to decode with what prefill told."""
         body = self._body(prompt)
-        # vLLM's caches cannot be emptied: without a salt of its own decode would find a prompt of an earlier check, and fetch nothing.
+        # vLLM's caches cannot be emptied: without a salt decode would find a prompt of an earlier check, and fetch nothing.
         body |= {"ignore_eos": True, "cache_salt": secrets.token_hex(16)}
         kept: Json = {"do_remote_decode": True, "do_remote_prefill": False}
-        told = (await post(pair.prefill, self.path, {**body, "max_tokens": 1, "kv_transfer_params": kept})).get("kv_transfer_params")
+        first = await post(pair.prefill, self.path, {**body, "max_tokens": 1, "kv_transfer_params": kept})
+        told = first.get("kv_transfer_params")
         if not told:
             raise VerifyError(f"{pair.prefill}: answered without kv_transfer_params, so that decode could fetch nothing")
         wanted: Json = {"max_tokens": count, "logprobs": 1, "return_token_ids": True, "kv_transfer_params": told}
