@@ -81,8 +81,10 @@ def test_a_real_device_is_read_as_its_own_tools_read_it(tmp_path: Path) -> None:
 
 
 #: What of an engine's virtualenv the transfer engines are; Mooncake's variant for CPUs uses the system's libibverbs.
-PACKAGES = ("nixl", "nixl_cu13", "nixl_cu13.libs", ".nixl_cu13.mesonpy.libs", "nixl*.dist-info", "nixl_meta_utils.py")
-PACKAGES += ("mooncake", "mooncake_*", "numpy", "numpy.libs")
+PACKAGES = (
+    *("nixl", "nixl_cu13", "nixl_cu13.libs", ".nixl_cu13.mesonpy.libs", "nixl*.dist-info", "nixl_meta_utils.py"),
+    *("mooncake", "mooncake_*", "numpy", "numpy.libs"),
+)
 #: NIXL's wheel has a libibverbs of its own, with a driver of mlx5 alone: here it gets the system's, which knows rxe.
 PROBE = """
 for library in /site/nixl_cu13.libs/libibverbs-*; do ln -sf /usr/lib/x86_64-linux-gnu/libibverbs.so.1 $library; done

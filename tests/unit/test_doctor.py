@@ -181,9 +181,19 @@ def test_who_holds_the_lock_is_busy_unless_it_is_dead(holder: Json, live: list[i
 def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two inventories that share a results folder, and the names of their workers."""
     hosts_of = {"prefill-0": "n1", "decode-0": "n2"}
-    ends = {name: {"host": host, "address": host, "workers": [name], "gpu": 0, "python": "/opt/pd"} for name, host in hosts_of.items()}
+    ends = {
+        name: {"host": host, "address": host, "workers": [name], "gpu": 0, "python": "/opt/pd"} for name, host in hosts_of.items()
+    }
     pair = {"id": "0", "fingerprint": "f", "prefill": "prefill-0", "decode": "decode-0", "from": "prefill-0", "to": "decode-0"}
-    work = {"inventory": "mine-1", "backend": "mooncake", "op": "write", "mode": "report", "known": {}, "waiting": {}, "moving": {}}
+    work: Json = {
+        "inventory": "mine-1",
+        "backend": "mooncake",
+        "op": "write",
+        "mode": "report",
+        "known": {},
+        "waiting": {},
+        "moving": {},
+    }
     work |= {"ends": ends, "pairs": [{**pair, "expected": "rdma"}]}
     tells = {"trouble": "/opt/pd: No such file or directory"}
     path = plugin("pd_kv_path")

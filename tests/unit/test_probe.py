@@ -395,8 +395,9 @@ def test_a_matrix_that_is_too_wide_says_which_is_slowest() -> None:
 
 def test_in_a_container_the_probe_has_the_worker_s_image_devices_and_environment_and_nothing_of_its_files() -> None:
     image = "lmsysorg/sglang:v0.5.23@sha256:" + "0" * 64
-    own = ["--privileged", "--mount", "type=bind,source=/opt/drivers,target=/opt/drivers", "--entrypoint", "x", "--volume", "/a:/a"]
-    options = {"engine_image": image, "engine_env": {"UCX_TLS": "rc"}, "engine_container_args": own, "model": "/models/m"}
+    mount = "type=bind,source=/opt/drivers,target=/opt/drivers"
+    own = ["--privileged", "--mount", mount, "--entrypoint", "x", "--volume", "/a:/a"]
+    options: Json = {"engine_image": image, "engine_env": {"UCX_TLS": "rc"}, "engine_container_args": own, "model": "/models/m"}
     todo = work(cluster(1, "1p1d", runtime="docker", **options))
     end = probe.tasks(todo, "n1", "waiting", {})[0]
     worker = end["container"]["argv"]
@@ -407,7 +408,7 @@ def test_in_a_container_the_probe_has_the_worker_s_image_devices_and_environment
     assert argv[argv.index("--workdir") + 1] == "/work"
     # of our folders the probe's alone; what the user adds, mounts among it, is as the worker has it
     assert "/models/m" in " ".join(worker)
-    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--mount"] == [own[2], "type=bind,source=/work,target=/work"]
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--mount"] == [mount, "type=bind,source=/work,target=/work"]
     assert argv[argv.index("--privileged") :][: len(own)] == own
     for word in ("--gpus", "UCX_TLS", "--interactive"):
         assert word in argv

@@ -35,11 +35,10 @@ class Way(Protocol):
     """How an engine is asked."""
 
     async def over(self, post: Post, pair: Pair, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-        """Send a prompt over a pair; return ``count`` greedy token ids and, as decode says, each one's log-probability in nats."""
+        """Send a prompt over a pair; return ``count`` greedy token ids and each one's log-probability in nats, as decode says."""
 
     async def alone(self, post: Post, pair: Pair, prompt: list[int], ids: list[int]) -> list[tuple[int, float, float]]:
-        """Let prefill alone read prompt and answer; return for each token of the answer its id, and in nats its log-probability
-        and the likeliest token's."""
+        """Let prefill alone read both; return of each token of the answer its id, log-probability and the likeliest one's, in nats."""
 
 
 class Rooms:

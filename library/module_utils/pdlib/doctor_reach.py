@@ -204,9 +204,7 @@ def reach(job: Mapping[str, Any], window_s: float) -> List[Json]:
     return rows
 
 
-def heard(
-    rows: Mapping[str, Sequence[Json]], spans: Optional[Mapping[str, Tuple[float, float]]] = None
-) -> Dict[str, List[Json]]:
+def heard(rows: Mapping[str, Sequence[Json]], spans: Optional[Mapping[str, Tuple[float, float]]] = None) -> Dict[str, List[Json]]:
     """Return host -> its connections, those without a listener at the other end marked as "unheard".
 
     ``rows``: what :func:`reach` returned on each host; one that gave no answer has none. ``spans``: host -> (first, last) second
