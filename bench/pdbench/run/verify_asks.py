@@ -38,7 +38,7 @@ class Way(Protocol):
         """Send a prompt over a pair; return ``count`` greedy token ids and each one's log-probability in nats, as decode says."""
 
     async def alone(self, post: Post, pair: Pair, prompt: list[int], ids: list[int]) -> list[tuple[int, float, float]]:
-        """Let prefill alone read both; return of each token of the answer its id, log-probability and the likeliest one's, in nats."""
+        """Let prefill alone read both; return of each token of the answer id, log-probability and the likeliest's, in nats."""
 
 
 class Rooms:
