@@ -48,8 +48,8 @@ class Engine:
     tokens whose KV a worker computed itself, and ``computed_allowed`` how many of them a decode worker computes for each
     request as a matter of course. ``log_lines``: what a worker's log says of its transport, as DESIGN names transports.
     ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none. ``info``:
-    the path of what a worker says of itself. ``verify``: how the ends of a pair are asked whether a KV cache arrived right
-    (pdbench.run.verify_asks): "rooms" or "two steps". ``apart`` and ``together``: the stages of TTFT with prefill and decode on
+    the path of what a worker says of itself. ``verifiable``: a prefill worker can be asked for the log-probabilities of what a
+    decode worker answered (pdbench.run.verify). ``apart`` and ``together``: the stages of TTFT with prefill and decode on
     workers of their own, and on the same ones.
     """
 
@@ -70,7 +70,7 @@ class Engine:
     stop_profile: str = ""
     flush: str = ""
     info: str = "/server_info"
-    verify: str = "rooms"
+    verifiable: bool = False
     apart: Stages = Stages((), ())
     together: Stages = Stages((), ())
 
@@ -155,6 +155,7 @@ _SGLANG = Engine(
     full_speed=("/slow_down", {"forward_sleep_time": None}),
     stop_profile="/stop_profile",
     flush="/flush_cache",
+    verifiable=True,
     apart=_SGLANG_APART,
     together=_SGLANG_TOGETHER,
 )
@@ -205,7 +206,6 @@ _VLLM = Engine(
     log_lines=_TRANSPORT_LINES,
     # /server_info is there in its development mode only
     info="/version",
-    verify="two steps",
     apart=_VLLM_APART,
     together=_VLLM_TOGETHER,
 )

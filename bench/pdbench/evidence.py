@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan says of where servers listen: names to URLs; ``gpus`` counts each GPU once; ``model``: its served name."""
+    """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once."""
 
     ratio: str
     engine: Engine
@@ -66,7 +66,6 @@ class Deployment:
     router_metrics_url: str
     workers: Mapping[str, str]
     pairs: tuple[Pair, ...] = ()
-    model: str = ""
 
 
 def read_plan(path: Path) -> Deployment:
@@ -84,7 +83,6 @@ def read_plan(path: Path) -> Deployment:
             router_metrics_url=str(plan["router"].get("metrics_url") or ""),
             workers={name: str(worker["url"]).rstrip("/") for name, worker in by_name.items()},
             pairs=tuple(_pair(by_name, pair["prefill"], pair["decode"]) for pair in plan.get("pairs") or []),
-            model=str(plan.get("served_model_name") or ""),
         )
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None

@@ -27,8 +27,6 @@ def as_it_is(answer: Json) -> Json:
 class Workers:
     """A prefill and a decode worker that say what SGLang says; ``over``, ``alone`` change what decode and prefill answer."""
 
-    engine = "sglang"
-
     def __init__(self) -> None:
         self.over: Twist = as_it_is
         self.alone: Twist = as_it_is
@@ -58,8 +56,7 @@ class Workers:
     async def served(self) -> AsyncIterator[Deployment]:
         async with TestServer(self.app("prefill")) as prefill, TestServer(self.app("decode")) as decode:
             urls = {"prefill-0": str(prefill.make_url("/")).rstrip("/"), "decode-0": str(decode.make_url("/")).rstrip("/")}
-            pair = Pair("prefill-0", "decode-0", "127.0.0.1", 9998)
-            yield Deployment("1p1d", engine(self.engine), 0, "", "", urls, (pair,), "m")
+            yield Deployment("1p1d", engine("sglang"), 0, "", "", urls, (Pair("prefill-0", "decode-0", "127.0.0.1", 9998),))
 
     async def verified(self, count: int = 2) -> Json:
         async with self.served() as deployment:
@@ -153,101 +150,6 @@ async def test_what_cannot_be_compared_is_said() -> None:
     assert (found["prompts"], found["error"]) == (0, "prefill-0: its cache could not be emptied: HTTP 400")
     for which, twist, says in cases:
         workers = Workers()
-        setattr(workers, which, twist)
-        found = await workers.verified()
-        assert (found["prompts"], found["error"]) == (0, says)
-
-
-class VllmWorkers(Workers):
-    """The same of vLLM, whose caches cannot be emptied: prefill is asked first, and decode told what it said."""
-
-    engine = "vllm"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flushed = "HTTP 404"
-        self.kept: Json | None = {"remote_block_ids": [[7]], "remote_host": "127.0.0.1"}
-
-    def app(self, role: str) -> web.Application:
-        async def complete(request: web.Request) -> web.Response:
-            body = await request.json()
-            self.bodies.append((role, body))
-            prompt, count = body["prompt"], body["max_tokens"]
-            choice: Json = {"index": 0, "text": " x" * count, "logprobs": None, "prompt_logprobs": None, "token_ids": None}
-            if body.get("return_token_ids"):
-                choice["token_ids"] = [prompt[-1] + place for place in range(count)]
-            if body.get("logprobs") is not None:
-                choice["logprobs"] = {"tokens": ["x"] * count, "token_logprobs": [OWN] * count}
-            if body.get("prompt_logprobs") is not None:
-                choice["prompt_logprobs"] = [None, *({str(id): {"logprob": OWN, "rank": 1}} for id in prompt[1:])]
-            asked = body.get("kv_transfer_params") or {}
-            told = self.kept if asked.get("do_remote_decode") else None
-            answer: Json = {"choices": [choice], "kv_transfer_params": told}
-            twist = self.alone if "prompt_logprobs" in body else self.over if role == "decode" else as_it_is
-            changed = twist(answer)
-            return changed if isinstance(changed, web.Response) else web.json_response(changed)
-
-        app = web.Application()
-        app.add_routes([web.post("/v1/completions", complete)])
-        return app
-
-
-async def test_vllm_is_asked_in_two_steps_and_its_caches_are_not_read() -> None:
-    workers = VllmWorkers()
-    found = await workers.verified(3)
-    assert (found["prompts"], found["tokens"], found["wrong_prompts"], found["error"]) == (3, 3 * (OUTPUT_TOKENS - 1), 0, "")
-    first, second, alone = (
-        [body for role, body in workers.bodies if (role, "prompt_logprobs" in body) == kind]
-        for kind in (("prefill", False), ("decode", False), ("prefill", True))
-    )
-    assert {body["model"] for _, body in workers.bodies} == {"m"}
-    assert [body["kv_transfer_params"] for body in first] == [{"do_remote_decode": True, "do_remote_prefill": False}] * 3
-    assert [body["kv_transfer_params"] for body in second] == [workers.kept] * 3
-    # no prompt of an earlier check is found, at either end of a pair
-    assert len({body["cache_salt"] for body in first}) == 3
-    assert {body["cache_salt"] for body in first} == {body["cache_salt"] for body in second}
-    assert {len(body["prompt"]) - OUTPUT_TOKENS for body in alone} == set(lengths(3))
-    assert all("kv_transfer_params" not in body for body in alone)
-
-
-async def test_unlikely_answers_of_vllm_are_a_wrong_kv_cache() -> None:
-    def unlikely(answer: Json) -> Json:
-        rows = answer["choices"][0]["prompt_logprobs"]
-        for row in rows[-9:-7]:
-            (own,) = row
-            row[own]["logprob"] = OWN - 6.2
-            row["3"] = {"logprob": OWN, "rank": 1}
-        return answer
-
-    workers = VllmWorkers()
-    workers.alone = unlikely
-    found = await workers.verified()
-    assert (found["wrong_prompts"], found["wrong_tokens"]) == (2, 4)
-    assert math.isclose(found["worst_nats"], 2 * 6.2 / (OUTPUT_TOKENS - 1))
-
-
-async def test_what_cannot_be_compared_of_vllm_is_said() -> None:
-    def refuse(_: Json) -> web.Response:
-        return web.Response(status=400, text="prompt_logprobs are not available")
-
-    def silent(answer: Json) -> Json:
-        return {"choices": [{"index": 0, "text": "x"}]}
-
-    def others(answer: Json) -> Json:
-        choice = answer["choices"][0]
-        choice["prompt_logprobs"] = [row and {"1": {"logprob": OWN}} for row in choice["prompt_logprobs"]]
-        return answer
-
-    cases: list[tuple[str, Any, str]] = [
-        ("kept", None, "prefill-0: answered without kv_transfer_params, so that decode could fetch nothing"),
-        ("over", silent, "decode-0: answered without the log-probabilities of its tokens"),
-        ("over", lambda _: {"choices": []}, "decode-0: answered without the log-probabilities of its tokens"),
-        ("alone", refuse, "prefill-0: HTTP 400 prompt_logprobs are not available"),
-        ("alone", silent, "prefill-0: answered without the log-probabilities of its input"),
-        ("alone", others, f"prefill-0: told the log-probabilities of 0 tokens, {OUTPUT_TOKENS} were asked for"),
-    ]
-    for which, twist, says in cases:
-        workers = VllmWorkers()
         setattr(workers, which, twist)
         found = await workers.verified()
         assert (found["prompts"], found["error"]) == (0, says)
