@@ -11,8 +11,8 @@ from typing import Any
 from probe_ends import Ends, pair, task
 
 ADDRESS, DEVICE = "10.0.0.1", "rxe0"
-#: As the plan makes it for such a host.
-ENV = {"mooncake": {"MC_GID_INDEX": "1"}}
+#: As the plan makes it for such a host, without its TCP device; two processes of one machine would share memory without UCX_TLS.
+ENV = {"nixl": {"UCX_NET_DEVICES": f"{DEVICE}:1", "UCX_TLS": "rc"}, "mooncake": {"MC_GID_INDEX": "1"}}
 #: Seconds: the machine is emulated, and slow.
 SLOW = "tool.ONE_S, tool.PAIR_S = 60.0, 240.0"
 PATIENCE_S = 250

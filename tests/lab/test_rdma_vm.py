@@ -80,9 +80,17 @@ def test_a_real_device_is_read_as_its_own_tools_read_it(tmp_path: Path) -> None:
     assert (row["state"], row["fabric"]) == ("DOWN", "roce")
 
 
-#: What of an engine's virtualenv Mooncake is; its variant for CPUs uses the system's libibverbs, which knows rxe.
-PACKAGES = ("mooncake", "mooncake_*", "numpy", "numpy.libs")
-PROBE = "ulimit -l unlimited; PYTHONPATH=/site python3 /probe/tests/rdma_probe.py mooncake"
+#: What of an engine's virtualenv the transfer engines are; Mooncake's variant for CPUs uses the system's libibverbs.
+PACKAGES = (
+    *("nixl", "nixl_cu13", "nixl_cu13.libs", ".nixl_cu13.mesonpy.libs", "nixl*.dist-info", "nixl_meta_utils.py"),
+    *("mooncake", "mooncake_*", "numpy", "numpy.libs"),
+)
+#: NIXL's wheel has a libibverbs of its own, with a driver of mlx5 alone: here it gets the system's, which knows rxe.
+PROBE = """
+for library in /site/nixl_cu13.libs/libibverbs-*; do ln -sf /usr/lib/x86_64-linux-gnu/libibverbs.so.1 $library; done
+ulimit -l unlimited
+PYTHONPATH=/site python3 /probe/tests/rdma_probe.py mooncake nixl
+"""
 
 
 def _added(folder: Path) -> Path:
@@ -91,7 +99,7 @@ def _added(folder: Path) -> Path:
     if not sites:
         pytest.skip("no transfer engines to try: make test-real installs them")
     found = [path for name in PACKAGES for path in sites[-1].glob(name)]
-    assert {"mooncake"} <= {path.name for path in found}
+    assert {"nixl_cu13", "mooncake"} <= {path.name for path in found}
     added = {f"site/{path.name}": path for path in found}
     added |= {f"probe/tests/{path.name}": path for path in (REPO / "tests/probe_ends.py", REPO / "tests/lab/rdma_probe.py")}
     tool = "library/module_utils/pdlib/probe_tool.py"
@@ -102,14 +110,15 @@ def _added(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(bool(unfit()), reason=unfit())
-def test_mooncake_moves_bytes_over_a_real_device(tmp_path: Path) -> None:
-    env = {**os.environ, "RDMA_VM_ADD": str(_added(tmp_path)), "RDMA_VM_MB": "4000", "RDMA_VM_TIMEOUT": "600"}
-    done = subprocess.run([SCRIPT, PROBE], capture_output=True, text=True, check=False, timeout=1100, env=env)
+def test_the_transfer_engines_move_bytes_over_a_real_device(tmp_path: Path) -> None:
+    env = {**os.environ, "RDMA_VM_ADD": str(_added(tmp_path)), "RDMA_VM_MB": "4000", "RDMA_VM_TIMEOUT": "800"}
+    done = subprocess.run([SCRIPT, PROBE], capture_output=True, text=True, check=False, timeout=1150, env=env)
     said = done.stdout.replace("\r", "")
-    assert "==mooncake==" in said, said[-3000:] + done.stderr[-2000:]
-    result = json.loads(said.split("==mooncake==")[1].split("==end==")[0])
     ends = {name: {"host": name, "address": "10.0.0.1", "python": "python3", "gpu": None} for name in ("p", "d")}
-    work = {"backend": "mooncake", "op": "write", "ends": ends}
-    verdict = probe_verdict.judge(work, {"from": "p", "to": "d", "expected": "rdma"}, result)
-    assert (verdict["ok"], verdict["seen"]) == (True, "rdma"), verdict
-    print(f"Mooncake over rxe0: {result['bytes'] >> 20} MiB, {result['gb_s'] * 1e3:.1f} MB/s, {result['latency_us']:.0f} us")
+    for backend in ("mooncake", "nixl"):
+        assert f"=={backend}==" in said, said[-3000:] + done.stderr[-2000:]
+        result = json.loads(said.split(f"=={backend}==")[1].split("==end==")[0])
+        work = {"backend": backend, "op": "write", "ends": ends}
+        verdict = probe_verdict.judge(work, {"from": "p", "to": "d", "expected": "rdma"}, result)
+        assert (verdict["ok"], verdict["seen"]) == (True, "rdma"), verdict
+        print(f"{backend} over rxe0: {result['bytes'] >> 20} MiB, {result['gb_s'] * 1e3:.1f} MB/s, {result['latency_us']:.0f} us")
