@@ -122,7 +122,7 @@ class ActionModule(ActionBase):
         deployed = self.planned["pd_examined"]["deployed"]
         clients = list(variables["groups"]["bench_clients"]) if deployed else []
         ranges = {name: row["host"]["port_range"] for name, row in seen.items()}
-        every = doctor_reach.ways(self.plan, clients, ranges, self.planned["pd_meet"])
+        every = doctor_reach.ways(self.plan, clients, ranges, self.planned["pd_examined"]["meet"])
         job = doctor_reach.jobs(every, {name: row["host"]["listeners"] for name, row in seen.items()})[host]
         router = self.plan["router"]["host"]
         asks = deployed and host == (
@@ -191,7 +191,11 @@ class ActionModule(ActionBase):
             found: Json = json.loads(path.read_text()) if self.plan.get("kv_probe") or not self.plan.get("emulated") else {}
         except (OSError, ValueError):
             return {}
-        wanted = {"schema": 1, "inventory": self.planned["pd_inventory"], "transfer_backend": self.plan.get("transfer_backend")}
+        wanted = {
+            "schema": 1,
+            "inventory": self.planned["pd_examined"]["inventory"],
+            "transfer_backend": self.plan.get("transfer_backend"),
+        }
         if {name: found.get(name) for name in wanted} != wanted:
             return {}
         own = {(pair["prefill"], pair["decode"]) for pair in self.plan.get("pairs", [])}

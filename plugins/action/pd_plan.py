@@ -92,8 +92,9 @@ class ActionModule(ActionBase):
         if verb != "teardown":
             planner = plan.Planner(inputs)
             if verb == "doctor":
-                facts |= {**self._examined(planner, ours), "pd_inventory": self._inventory()}
-                facts["pd_meet"] = self._meet(planner, groups["bench_clients"], cluster)
+                facts |= self._examined(planner, ours)
+                meet = self._meet(planner, groups["bench_clients"], cluster)
+                facts["pd_examined"] |= {"inventory": self._inventory(), "meet": meet}
                 return {"changed": False, **facts, **self._common(cluster)}
             if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(

@@ -206,10 +206,10 @@ def test_the_probe_s_record_is_taken_from_the_deployment_that_made_it(tmp_path: 
     examine = plugin("pd_examine")
     look = examine.ActionModule.__new__(examine.ActionModule)
     look.plan = {"transfer_backend": "mooncake", "pairs": [{"prefill": "prefill-0", "decode": "decode-0"}], "emulated": False}
-    look.planned = {"pd_settings": {"results_dir": str(tmp_path)}, "pd_inventory": "mine-1"}
+    look.planned = {"pd_settings": {"results_dir": str(tmp_path)}, "pd_examined": {"inventory": "mine-1"}}
     facts = {**healthy(), "probe": look._probe()}
     assert [(row.id, row.severity) for row in bad(made(facts))] == [("kv-probe", "error")]
-    look.planned["pd_inventory"] = "theirs-2"
+    look.planned["pd_examined"]["inventory"] = "theirs-2"
     assert look._probe() == {}
 
 
