@@ -93,8 +93,8 @@ class ActionModule(ActionBase):
             planner = plan.Planner(inputs)
             if verb == "doctor":
                 facts |= self._examined(planner, ours)
-                meet = self._meet(planner, groups["bench_clients"], cluster)
-                facts["pd_examined"] |= {"inventory": self._inventory(), "meet": meet}
+                together = self._meet(planner, groups["bench_clients"], cluster)
+                facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
                 return {"changed": False, **facts, **self._common(cluster)}
             if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
