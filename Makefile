@@ -73,10 +73,10 @@ LAB := PYTHONPATH=tests $(BIN)/python -m lab
 test-lab: setup-dev lab-deps
 	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py --ignore tests/lab/test_rdma_vm.py
 
-# RDMA facts against SoftRoCE in a VM emulated in software: a minute; the first run makes the VM, some minutes more
+# RDMA facts, and the bytes of NIXL and Mooncake, over SoftRoCE in a VM emulated in software: minutes; the first run makes the VM, some minutes more
 test-rdma: setup-dev
 	@command -v qemu-system-x86_64 cpio mmdebstrap >/dev/null || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
-	$(BIN)/pytest tests/lab/test_rdma_vm.py -o timeout=900
+	$(BIN)/pytest tests/lab/test_rdma_vm.py -s -o timeout=1200
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps

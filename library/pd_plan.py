@@ -58,10 +58,12 @@ pd_probe:
   type: dict
   sample: {says: "KV path probe: 3 of 3 paths", pairs: []}
 pd_examined:
-  description: Whether C(pd_plan) is the deployed one, and why the inventory cannot be planned (empty when it can).
+  description:
+    - Whether C(pd_plan) is the deployed one, and why the inventory cannot be planned (empty when it can); its id, as kv_probe.json
+      has it, and where several bench clients meet.
   returned: with C(verb=doctor)
   type: dict
-  sample: {deployed: true, refused: ""}
+  sample: {deployed: true, refused: "", inventory: local-1f2e3d4c, meet: {address: 192.0.2.1, port: 8890}}
 pd_bench:
   description: The run and where it happens.
   returned: with C(verb=bench); with C(verb=teardown) when there is a client host

@@ -97,7 +97,10 @@ class ActionModule(ActionBase):
         if verb != "teardown":
             planner = plan.Planner(inputs)
             if verb == "doctor":
-                return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
+                facts |= self._examined(planner, ours)
+                together = self._meet(planner, groups["bench_clients"], cluster)
+                facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
+                return {"changed": False, **facts, **self._common(cluster)}
             if measures and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
                     f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
@@ -133,7 +136,7 @@ class ActionModule(ActionBase):
                     facts["pd_bench"] = profile_spec.make(facts["pd_bench"], made, cluster)
                 for client in facts["pd_bench"]["clients"]:
                     planner.check_python(client)
-            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
+            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit) | {"inventory": self._inventory()}
             if verb != "plan":
                 made["kv_probe"] = facts["pd_probe"]["known"]
             facts["pd_plan"] = made
@@ -233,9 +236,21 @@ class ActionModule(ActionBase):
         except ValueError as error:
             raise UserError(f"{path} is not a plan ({error})") from None
 
-    def _copy_path(self) -> Path:
+    @staticmethod
+    def _inventory() -> str:
         sources = [str(Path(source).resolve()) for source in context.CLIARGS.get("inventory") or ["default"]]
-        return ROOT / ".pd" / "deployed" / f"{plan.inventory_id(sources)}.json"
+        return plan.inventory_id(sources)
+
+    def _copy_path(self) -> Path:
+        return ROOT / ".pd" / "deployed" / f"{self._inventory()}.json"
+
+    @staticmethod
+    def _meet(planner: plan.Planner, clients: list[str], cluster: dict[str, Any]) -> dict[str, Any]:
+        """Where several bench clients meet, {} for one; the address of a host that could not be asked may be open."""
+        try:
+            return {"address": planner.address(clients[0]), "port": cluster["bench_meet_port"]} if len(clients) > 1 else {}
+        except UserError:
+            return {}
 
     @staticmethod
     def _own_names(hostvars: Any, host: str) -> list[str]:
