@@ -79,9 +79,9 @@ def slowed(figures: Profile, factor: float) -> Profile:
 class Served(World):
     """Runs of ``requests`` each on 1p1d, ``slots`` in flight; ``answer``: the median answer, in tokens."""
 
-    requests: int = 80
+    requests: int = 40
     slots: int = 8
-    answer: int = 24
+    answer: int = 16
 
     def configurations(
         self, rng: np.random.Generator, luck: Floats, seeds: Sequence[int], each: int, speed: float = 1.0, single: bool = False

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md
 
-Some 25 minutes; nothing may be deployed with inventory/local. Workers that were started are counted by their processes, not
+Some 12 minutes; nothing may be deployed with inventory/local. Workers that were started are counted by their processes, not
 taken from the plan. `--planned` leaves the deployments out and gives the second table alone.
 """
 
@@ -35,7 +35,7 @@ SPEC = """grid:
   ratio: [3p1d, 1p3d, 2p2d]
 fixed: {emulated_profile: h200-qwen2.5-3b, concurrency: [8], bench_selfcheck: false}
 requests: 40
-repeats: 2
+repeats: 1
 """
 #: the sweeps that are shipped, and where
 SHIPPED = {
@@ -182,21 +182,21 @@ _PAGE = """# What the order of a sweep saves
     PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md
 
 ## Measured
-{when}: 3p1d, 1p3d, 2p2d and the baseline 4agg, two loads, two repeats, 16 runs on `inventory/local`: two emulated hosts on one machine
-of two cores, **no GPU was used**. Workers take 30 s to start (profile `h200-qwen2.5-3b`, which has that from SGLang on H200 with warm
-kernels), so that a restart costs what it costs there; the load is short. The file has the load as its slowest axis, as one writes it who thinks of loads first.
-One sweep in each order, each from nothing deployed.
+{when}: 3p1d, 1p3d, 2p2d and the baseline 4agg, two loads, 8 runs on `inventory/local`: two emulated hosts on one
+machine of two cores, **no GPU was used**. Workers take 30 s to start (profile `h200-qwen2.5-3b`, which has that from SGLang on
+H200 with warm kernels), so that a restart costs what it costs there; the load is short. The file has the load as its slowest axis,
+as one writes it who thinks of loads first. One sweep in each order, each from nothing deployed.
 
 | order | workers started (planned) | routers started (planned) | deploys | deploys, s | load, s | whole, s |
 |---|---|---|---|---|---|---|
 {measured}
 
-Workers are counted by their processes. All workers of one deploy start at the same time, so time follows deploys that start any, not
-the number of workers; that number is what lies between a sweep and a full page cache or a model read anew.
+Workers are counted by their processes. All workers of one deploy start at the same time, so time follows the deploys that start
+any, not the number of workers.
 
 ## Planned: the shipped sweeps
-Order of the file → order of the sweep, as `--dry-run` has them. The time is assumed (90 s for a start, 120 s for another model), measurements
-included.
+Order of the file → order of the sweep, as `--dry-run` has them. The time is assumed (90 s for a start, 120 s for another model),
+measurements included.
 
 | sweep | runs | deployments | workers started | deploys | time |
 |---|---|---|---|---|---|

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-
 from local.conftest import REPO, Checkout
+
 from pdbench.sweep import tidy
 
 #: file -> its inventory, and the ratios that its report must have, of which some were added as baselines
@@ -23,7 +23,7 @@ SHIPPED = {
     "vllm-xpyd": ("inventory/vllm-xpyd", {"agg", "1p1d", "2agg"}),
     "gh200-a100": ("inventory/local", {"agg", "1p1d", "2agg"}),
 }
-#: columns of the tidy table that say how long things took, and which attempt it was: all others are the same in every run of a sweep
+#: columns of the tidy table that say how long things took, and which attempt it was: no other one may differ
 MEASURED = ("attempt", "run", "duration_s", "begin", "notes", *tidy._FLOATS, "goodput")
 TIMES = tuple(f"{metric}_{statistic}" for metric in tidy.LATENCIES for statistic in tidy.STATISTICS)
 
@@ -69,7 +69,9 @@ def test_a_shipped_sweep_is_rehearsed_to_its_report(checkout: Checkout, name: st
     assert set(table["model"].str.split("/").str[0]) == {"emulated"}
     assert (table["completed"] == 20).all()
     assert set(table["ratio"]) == ratios
-    loads = table.groupby(["ratio", "gpus"])[["isl", "osl", "concurrency"]].apply(lambda rows: sorted(map(tuple, rows.to_numpy())))
+    loads = table.groupby(["ratio", "gpus"])[["isl", "osl", "concurrency"]].apply(
+        lambda rows: sorted(map(tuple, rows.to_numpy()))
+    )
     assert len(loads) == (4 if name == "gh200-a100" else len(ratios))
     assert all(one == loads.iloc[0] for one in loads), "every configuration was measured under the same loads"
     assert len(loads.iloc[0]) > 1
@@ -108,7 +110,9 @@ def requests(folder: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 @pytest.mark.parametrize("seed", [20261121])
-def test_a_sweep_killed_in_a_cell_resumes_to_the_same_results_as_an_unbroken_one(clean: Checkout, tmp_path: Path, seed: int) -> None:
+def test_a_sweep_killed_in_a_cell_resumes_to_the_same_results_as_an_unbroken_one(
+    clean: Checkout, tmp_path: Path, seed: int
+) -> None:
     file, log, whole, broken = (tmp_path / name for name in ("s.yml", "log", "whole", "broken"))
     file.write_text(SPEC)
     swept(clean, log, str(file), "--output", str(whole))

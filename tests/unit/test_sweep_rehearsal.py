@@ -20,10 +20,17 @@ from pdlib.errors import UserError
 Json = dict[str, Any]
 
 #: What an inventory and its group_vars may say of a real host, as `playbooks/inputs.yml` resolves it.
+IMAGE = f"lmsysorg/sglang:v0.5.23@sha256:{'0' * 64}"
 REAL: Json = {
+    "api_key": "set",
     **{"engine": "sglang", "model": "org/Big-120b", "ratio": "1p1d", "tensor_parallel_size": 2, "router_policy": "round_robin"},
     **{"gpus": 8, "address": "192.0.2.7", "rdma_fabric": "infiniband", "rdma_devices": ["mlx5_0"], "service_manager": "systemd"},
-    **{"engine_args": {"page-size": 16}, "engine_env": {"A": "1"}, "runtime": "docker", "engine_image": "x@sha256:0", "api_key": "set"},
+    **{
+        "engine_args": {"page-size": 16},
+        "engine_env": {"A": "1"},
+        "runtime": "docker",
+        "engine_image": IMAGE,
+    },
     **{"router_port": 80, "worker_port_base": 9000, "model_source": "hub", "mem_fraction": 0.4, "bench_concurrency": [4, 8]},
     **{"state_dir": "/var/lib/pd", "install_dir": "/opt/pd", "served_model_name": "big", "cache_dir": "/scratch"},
 }
@@ -54,7 +61,7 @@ def resolve(real: Json) -> Any:
 
 def planned(tmp_path: Path, raw: Json, **real: Any) -> Planned:
     found = grid.cells(spec.parse(raw, "s", "s.yml"), "inventory/real")
-    return rehearsal.plan(found, True, resolve(real), tmp_path / "inventories")
+    return rehearsal.plan(found, raw.get("baseline", True), resolve(real), tmp_path / "inventories")
 
 
 SWEEP: Json = {
@@ -98,7 +105,16 @@ def test_hosts_of_a_rehearsal_are_this_machine_and_nothing_of_the_real_ones_engi
         assert {host[name] for name in ("engine", "service_manager", "model")} == {"emulated", "supervisord", "emulated/Big-120b"}
         assert (host["gpus"], host["tensor_parallel_size"], host["rdma_fabric"]) == (8, 2, "infiniband")
         # null, not left out: group_vars of the site would hold again
-        gone = ("engine_args", "engine_env", "runtime", "engine_image", "api_key", "model_source", "served_model_name", "cache_dir")
+        gone = (
+            "engine_args",
+            "engine_env",
+            "runtime",
+            "engine_image",
+            "api_key",
+            "model_source",
+            "served_model_name",
+            "cache_dir",
+        )
         assert [host[name] for name in gone] == [None] * len(gone)
         assert not {"router_port", "worker_port_base"} & set(host)
         assert not {"/var/lib/pd", "/opt/pd", "192.0.2.7"} & {str(value) for value in host.values()}

@@ -88,7 +88,9 @@ def _check_same(folder: Path, before: Json | None, read: spec.Spec, args: argpar
     if changed:
         raise UserError(f"{args.spec} is not what {folder} was begun with: {changed}. Put it back, or begin anew with --output")
     if before.get("rehearsal", False) != args.rehearse:
-        raise UserError(f"{folder} holds {'no' if args.rehearse else 'a'} rehearsal: {'leave out' if args.rehearse else 'give'} --rehearse")
+        raise UserError(
+            f"{folder} holds {'no' if args.rehearse else 'a'} rehearsal: {'leave out' if args.rehearse else 'give'} --rehearse"
+        )
     if before.get("limit") != args.limit:
         was = f"-l {before['limit']}" if before.get("limit") else "no -l"
         raise UserError(f"{folder} was begun with {was}: its cells would be placed elsewhere; give the same")
