@@ -16,7 +16,7 @@ from compare_queue import GPUS, World, lengths
 
 from pdbench.compare.judge import Run
 from pdbench.compare.within import Requests
-from pdbench.intervals import Floats, batches
+from pdbench.intervals import Floats, Ints, batches
 from pdbench.model import profile
 from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, limits
 from pdbench.model.profile import Profile
@@ -116,7 +116,7 @@ def _gaps(outcomes: Sequence[Outcome]) -> Floats:
     return np.concatenate([np.diff(one.tokens) for one in outcomes])
 
 
-def _figures(outcomes: Sequence[Outcome], outputs: Floats) -> dict[str, float]:
+def _figures(outcomes: Sequence[Outcome], outputs: Ints) -> dict[str, float]:
     sent, first, end = _times(outcomes)
     span = float(end.max() - sent.min())
     ttft, e2e, gaps = 1000 * (first - sent), 1000 * (end - sent), 1000 * _gaps(outcomes)
@@ -133,7 +133,7 @@ def _figures(outcomes: Sequence[Outcome], outputs: Floats) -> dict[str, float]:
     }
 
 
-def _requests(outcomes: Sequence[Outcome], inputs: Floats, outputs: Floats) -> Requests:
+def _requests(outcomes: Sequence[Outcome], inputs: Ints, outputs: Ints) -> Requests:
     batch = batches(len(outcomes))
     asked = np.stack([inputs, outputs], axis=1).astype(np.int64)
     lengths_of = (inputs.astype(np.float64), outputs.astype(np.float64))

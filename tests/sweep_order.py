@@ -182,10 +182,10 @@ _PAGE = """# What the order of a sweep saves
     PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md
 
 ## Measured
-{when}: 3p1d, 1p3d, 2p2d and the baseline 4agg, two loads, 8 runs on `inventory/local`: two emulated hosts on one
-machine of two cores, **no GPU was used**. Workers take 30 s to start (profile `h200-qwen2.5-3b`, which has that from SGLang on
-H200 with warm kernels), so that a restart costs what it costs there; the load is short. The file has the load as its slowest axis,
-as one writes it who thinks of loads first. One sweep in each order, each from nothing deployed.
+{when}: 3p1d, 1p3d, 2p2d and the baseline 4agg, two loads, 8 runs on `inventory/local`: two emulated hosts on one machine of
+two cores, **no GPU was used**. Workers take 30 s to start (profile `h200-qwen2.5-3b`, which has that from SGLang on H200 with
+warm kernels), so that a restart costs what it costs there; the load is short. The file has the load as its slowest axis, as one
+writes it who thinks of loads first. One sweep in each order, each from nothing deployed.
 
 | order | workers started (planned) | routers started (planned) | deploys | deploys, s | load, s | whole, s |
 |---|---|---|---|---|---|---|

@@ -15,10 +15,9 @@ from typing import Any
 
 from pdbench.sweep import planning
 from pdbench.sweep.checkout import ROOT
-from pdbench.sweep.estimate import load_s
 from pdbench.sweep.grid import Cell, unique
 from pdbench.sweep.planning import Planned, Resolve
-from pdlib import engines, routers
+from pdlib import bench_load, engines, routers
 from pdlib.variables import BENCH, VARIABLES
 
 Json = dict[str, Any]
@@ -66,12 +65,18 @@ def plan(found: Sequence[Cell], baseline: bool, resolve: Resolve, folder: Path) 
 
 def chosen(whole: Planned) -> list[Cell]:
     """Return the cells to rehearse: of every deployment the one with the lightest load and the one with the heaviest."""
-    weights = {cell.id: load_s(planning.load_of(cell, whole.clusters[cell.deployment])) for cell in whole.cells}
+    weights = {cell.id: _weight(planning.load_of(cell, whole.clusters[cell.deployment])) for cell in whole.cells}
     kept: set[str] = set()
     for deployment in {cell.deployment for cell in whole.cells}:
         own = sorted((cell.id for cell in whole.cells if cell.deployment == deployment), key=lambda name: weights[name])
         kept |= {own[0], own[-1]}
     return [cell for cell in whole.cells if cell.id in kept]
+
+
+def _weight(load: Mapping[str, Any]) -> float:
+    """Return about how many tokens are in flight (or come in a second) at the heaviest load point."""
+    prompt, answer = bench_load.tokens(load)
+    return (prompt + answer) * max(point.concurrency or point.rate or 1 for point in bench_load.points(load))
 
 
 def _short(whole: Planned, cell: Cell, where: str) -> Cell:
@@ -144,7 +149,7 @@ def inventory(inputs: Mapping[str, Any], root: Path) -> Json:
         "install_dir": str(root / ".pd" / "install"),
         "model_dir": str(root / ".pd" / "models"),
     }
-    children = {group: {"hosts": {host: {} for host in members}} for group, members in inputs["groups"].items()}
+    children: Json = {group: {"hosts": {host: {} for host in members}} for group, members in inputs["groups"].items()}
     return {"all": {"hosts": {host: {**values, **shared} for host, values in hosts.items()}, "children": children}}
 
 
