@@ -3,7 +3,7 @@
     PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md
 
 Some 12 minutes; nothing may be deployed with inventory/local. Workers that were started are counted by their processes, not
-taken from the plan. `--planned` leaves the deployments out and gives the second table alone.
+taken from the plan. `--planned` deploys nothing and leaves the measured half out.
 """
 
 from __future__ import annotations
@@ -177,11 +177,12 @@ def foretold() -> str:
     return "\n".join(rows)
 
 
-_PAGE = """# What the order of a sweep saves
+_HEAD = """# What the order of a sweep saves
 
-    PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md
+    PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md{option}
 
-## Measured
+"""
+_MEASURED = """## Measured
 {when}: 3p1d, 1p3d, 2p2d and the baseline 4agg, two loads, 8 runs on `inventory/local`: two emulated hosts on one machine of
 two cores, **no GPU was used**. Workers take 30 s to start (profile `h200-qwen2.5-3b`, which has that from SGLang on H200 with
 warm kernels), so that a restart costs what it costs there; the load is short. The file has the load as its slowest axis, as one
@@ -194,7 +195,8 @@ writes it who thinks of loads first. One sweep in each order, each from nothing 
 Workers are counted by their processes. All workers of one deploy start at the same time, so time follows the deploys that start
 any, not the number of workers.
 
-## Planned: the shipped sweeps
+"""
+_PLANNED = """## Planned: the shipped sweeps
 Order of the file → order of the sweep, as `--dry-run` has them. The time is assumed (90 s for a start, 120 s for another model),
 measurements included.
 
@@ -210,12 +212,12 @@ rounds, and neighbours that share more workers.
 def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--planned", action="store_true", help="only what is planned for the shipped sweeps; deploys nothing")
+    parser.add_argument("--planned", action="store_true", help="deploy nothing: leave the measured half out")
     if parser.parse_args().planned:
-        print(foretold())
-        return
-    page = _PAGE.format(when=time.strftime("%Y-%m-%d"), measured=measured(), planned=foretold())
-    print(page, end="")
+        print(_HEAD.format(option="    # --planned: this much of it"), end="")
+    else:
+        print(_HEAD.format(option="") + _MEASURED.format(when=time.strftime("%Y-%m-%d"), measured=measured()), end="")
+    print(_PLANNED.format(planned=foretold()), end="")
 
 
 if __name__ == "__main__":
