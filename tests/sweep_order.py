@@ -179,7 +179,7 @@ def foretold() -> str:
 
 _HEAD = """# What the order of a sweep saves
 
-    PYTHONPATH=tests .venv/bin/python -m sweep_order > docs/results/sweep-order.md{option}
+    PYTHONPATH=tests .venv/bin/python -m sweep_order{option} > docs/results/sweep-order.md
 
 """
 _MEASURED = """## Measured
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--planned", action="store_true", help="deploy nothing: leave the measured half out")
     if parser.parse_args().planned:
-        print(_HEAD.format(option="    # --planned: this much of it"), end="")
+        print(_HEAD.format(option=" --planned"), end="")
     else:
         print(_HEAD.format(option="") + _MEASURED.format(when=time.strftime("%Y-%m-%d"), measured=measured()), end="")
     print(_PLANNED.format(planned=foretold()), end="")
