@@ -79,7 +79,7 @@ def test_a_shipped_sweep_is_rehearsed_to_its_report(checkout: Checkout, name: st
     for said in ("This is a rehearsal", "no GPU was used", *ratios):
         assert said in html
     assert f"pdbench sweep sweeps/{name}.yml -i {inventory} --rehearse" in html
-    assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"best", "pareto_user", "pareto_ttft", "throughput"}
+    assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"best", "pareto_user", "pareto_ttft", "ttft_split"}
     assert "rehearsal: " in out
 
 
