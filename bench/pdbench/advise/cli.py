@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -122,8 +123,7 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     given = extra(args.extra)
     wanted = [one.strip() for one in args.ratios.split(",") if one.strip()] if args.ratios else []
     found = where.candidates(args.inventory, args.limit, given, wanted, args.profile)
-    slo = Slo(args.slo_ttft_ms, args.slo_tpot_ms, args.slo_e2e_ms)
-    loads = _loads(args)
+    loads, slo = _loads(parser, args, found.settings, where)
     print("a prediction by simulation; nothing was measured. It rests on:")
     for one in found.profiles.values():
         print(f"  {say.grounds(one)}")
@@ -149,13 +149,25 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def _loads(args: argparse.Namespace) -> list[Load]:
+def _loads(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Json, where: Any) -> tuple[list[Load], Slo]:
+    """Return the load points and limits: of the command line, else of the inventory."""
+    if all(getattr(args, name, None) is None for name in ("load", *load_options.PACES, "time_scale", "trace", "isl", "osl")):
+        with tempfile.TemporaryDirectory() as scratch:
+            said = with_load_file(parser, where.load_arguments(settings, Path(scratch)))
+        limits = any(getattr(args, f"slo_{name}_ms") is not None for name in ("ttft", "tpot", "e2e"))
+        for name in () if limits else ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"):
+            setattr(args, name, getattr(said, name))
+        said.seed = args.seed
+        if args.num_requests is not None:
+            said.num_requests, said.duration = args.num_requests, None
+    else:
+        said = args
+        if args.trace is None and args.num_requests is None and args.duration is None and args.batch is None:
+            said.num_requests = _REQUESTS
     for name in ("share_prefixes", "dataset", "conversation", "prefix_len"):
-        if getattr(args, name, None):
+        if getattr(said, name, None):
             raise LoadError(f"{load_options.option(name)}: what prefix caches save is not simulated; leave it out")
-    if args.trace is None and args.num_requests is None and args.duration is None and args.batch is None:
-        args.num_requests = _REQUESTS
-    return build(args, "generate", True).loads
+    return build(said, "generate", True).loads, Slo(args.slo_ttft_ms, args.slo_tpot_ms, args.slo_e2e_ms)
 
 
 def _tell(order: Sequence[Any], goal: str, one_load: Load) -> None:

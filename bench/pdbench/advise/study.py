@@ -38,6 +38,8 @@ from pdbench.run.load_options import Parser, above_zero, at_least, numbers
 
 #: what a drain takes on top of the restart, as the oracle reckons, in s
 DRAIN_S = 10.0
+#: what another worker must bring to be worth a change, as a share of the requests
+WORTH = 0.005
 AGGREGATED, CONTROLLER, ORACLE = "aggregated", "controller", "oracle"
 
 
@@ -138,25 +140,33 @@ def run(question: Question, task: Task) -> Run:
 
 
 def foresight(question: Question, source: int, load: float, seed: int) -> list[tuple[float, int]]:
-    """Return the best ratio of every window: (its begin in s, prefill workers), each window served by an idle cluster.
+    """Return a ratio for every window that knows its requests: (its begin in s, prefill workers).
 
-    Of ratios that serve a window within half a percent of the best, the one nearest to the window before: a change for nothing
-    is no foresight.
+    Each ratio serves the window on an idle cluster. From the ratio of the window before it climbs, a worker at a time, as long
+    as that brings half a percent of the requests or more: a change for nothing is no foresight.
     """
     length = question.sources[source].window_s
     plan: list[tuple[float, int]] = []
     for number, members in enumerate(windows(_prompts(question, source, load, seed), length)):
         if not members:
             continue
-        shares = {}
-        for prefill in range(1, question.workers):
+        begin = number * length
+        moved = [Prompt(one.prompt_tokens, one.output_tokens, one.due - begin) for one in members]
+
+        @lru_cache
+        def share(prefill: int, moved: Sequence[Prompt] = tuple(moved)) -> float:
+            if not 0 < prefill < question.workers:
+                return -1.0
             made = Elastic(question.profile, prefill, question.workers - prefill, Fixed(), gpus=question.gpus)
-            begin = number * length
-            moved = [Prompt(one.prompt_tokens, one.output_tokens, one.due - begin) for one in members]
-            shares[prefill] = float(good(made.open_loop(moved), question.slo).mean())
-        best = max(shares.values())
-        near = plan[-1][1] if plan else question.workers // 2
-        plan.append((number * length, min((p for p in shares if shares[p] >= best - 0.005), key=lambda p: abs(p - near))))
+            return float(good(made.open_loop(moved), question.slo).mean())
+
+        prefill = plan[-1][1] if plan else question.workers // 2
+        while share(prefill) < 1 - WORTH:
+            best = max(prefill - 1, prefill + 1, key=share)
+            if share(best) < share(prefill) + WORTH:
+                break
+            prefill = best
+        plan.append((begin, prefill))
     return plan
 
 

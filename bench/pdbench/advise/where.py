@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pdbench.advise.layout import FLAGS, Layout, Spot, of_plan
 from pdbench.model import profile
 from pdbench.model.profile import Profile, ProfileError
 from pdbench.sweep import planning, plays
+from pdbench.sweep.checkout import ROOT
+from pdlib import bench_load
 from pdlib import ratio as ratios
 from pdlib.errors import UserError
 
@@ -20,11 +24,12 @@ MOST = 15
 
 @dataclass(frozen=True)
 class Candidates:
-    """Layouts to compare, the profiles that they name, and what was left out."""
+    """Layouts to compare, the profiles that they name, what was left out, and the cluster's settings."""
 
     layouts: list[Layout]
     profiles: dict[str, Profile]
     notes: list[str]
+    settings: Json
 
 
 def candidates(inventory: str, limit: str | None, given: Json, wanted: Sequence[str], named: Sequence[str]) -> Candidates:
@@ -45,7 +50,22 @@ def candidates(inventory: str, limit: str | None, given: Json, wanted: Sequence[
     of_host = profiles_by_host(cluster, planner.worker_hosts, named)
     known = {name: profile.load(name) for name in dict.fromkeys(of_host.values())}
     layouts = [_layout(with_ratio(cluster, str(one)), of_host, one) for one in found]
-    return Candidates(layouts, known, notes)
+    return Candidates(layouts, known, notes, cluster.cluster)
+
+
+def load_arguments(settings: Json, scratch: Path) -> list[str]:
+    """Return the load of the ``bench_*`` variables, and its limits, as options; files of ours go to ``scratch``."""
+    files = bench_load.files(settings, str(ROOT))
+    said = bench_load.arguments(settings, files)
+    if settings["bench_load"]:
+        files["load.yml"] = str(scratch / "load.yml")
+        (scratch / "load.yml").write_text(json.dumps(settings["bench_load"]), encoding="utf-8")
+    for name in ("ttft", "tpot", "e2e"):
+        if settings[f"bench_slo_{name}_ms"] is not None:
+            said += [f"--slo-{name}-ms", str(settings[f"bench_slo_{name}_ms"])]
+    for name, path in files.items():
+        said = [word.replace(f"{{dir}}/{name}", path) for word in said]
+    return said
 
 
 def with_ratio(cluster: planning.Cluster, ratio: str) -> planning.Cluster:
