@@ -33,7 +33,7 @@ _EPILOG = f"""{load_options.HELP}
 
 Without a load, that of the inventory's bench_* variables. Every figure is a prediction: `pdbench sweep` measures, and
 --check says how far off predictions are. docs/advise.md.
-exit codes: 0 done, 2 bad usage, 1 could not."""
+exit codes: 0 done, 2 bad usage, 1 could not, 3 (--verify) not all runs are valid."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +48,11 @@ def main(argv: list[str]) -> int:
         args = with_load_file(parser, argv)
         at_least(args, 1, "seeds", "processes")
         above_zero(args, "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
+        if args.verify and (args.check or args.output is None or _says_load(args)):
+            raise LoadError(
+                "--verify measures the load of the bench_* variables and keeps it in --output DIR: leave --check out, and give "
+                "the load as for bench.yml, such as -e bench_concurrency=32"
+            )
         if args.output is not None:
             args.output.mkdir(parents=True, exist_ok=True)
         return _check(args) if args.check else _advise(parser, args)
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (("ttft", "time to first token"), ("tpot", "time per output token"), ("e2e", "whole request")):
         judge.add_argument(f"--slo-{name}-ms", type=float, metavar="MS", help=f"rank by goodput: limit for the {what}")
     judge.add_argument("--check", metavar="PATH", help="a sweep or runs, as for `pdbench compare`: predicted beside measured")
+    judge.add_argument("--verify", action="store_true", help="deploy and measure the best two, and say which won")
     p.add_argument("--output", type=Path, metavar="DIR", help="folder for advice.json and advice.png (with --check: check.json)")
     return p
 
@@ -130,13 +136,14 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     for note in found.notes:
         print(f"note: {note}")
     seeds = args.seeds or rank.SEEDS
-    points = []
+    points, orders = [], []
     for number, one_load in enumerate(loads, 1):
         works = [simulate.work(one_load, slo, seed) for seed in range(seeds)]
         goal = rank.goal_of(works[0])
         with pool((found.layouts, found.profiles, works), args.processes) as spread:
             order = rank.advise(found.layouts, seeds, goal, spread)
         _tell(order, goal, one_load)
+        orders.append(order)
         words = {"words": say.load_words(one_load), "concurrency": one_load.concurrency, "request_rate": one_load.rate}
         points.append(say.to_json(order, goal, words, found.profiles, slo))
         if args.output is not None:
@@ -146,12 +153,23 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output / "advice.json", {"schema": 1, "points": points})
         print(f"\n{args.output}: advice.json, {'advice.png' if len(loads) == 1 else 'a picture a load point'}")
-    return 0
+    if not args.verify:
+        return 0
+    auto = importlib.import_module("pdbench.advise.auto")
+    where_to = ["-i", args.inventory, *(["-l", args.limit] if args.limit else [])]
+    two = auto.best_two(orders, goal)
+    code: int = auto.verify(two, given, where_to, args.output, found.of_host.__getitem__, found.profiles, args.processes)
+    return code
+
+
+def _says_load(args: argparse.Namespace) -> bool:
+    """Tell whether the command line says what is sent."""
+    return any(getattr(args, name, None) is not None for name in ("load", *load_options.PACES, "time_scale", "trace", "isl", "osl"))
 
 
 def _loads(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Json, where: Any) -> tuple[list[Load], Slo]:
     """Return the load points and limits: of the command line, else of the inventory."""
-    if all(getattr(args, name, None) is None for name in ("load", *load_options.PACES, "time_scale", "trace", "isl", "osl")):
+    if not _says_load(args):
         with tempfile.TemporaryDirectory() as scratch:
             said = with_load_file(parser, where.load_arguments(settings, Path(scratch)))
         limits = any(getattr(args, f"slo_{name}_ms") is not None for name in ("ttft", "tpot", "e2e"))

@@ -24,10 +24,11 @@ MOST = 15
 
 @dataclass(frozen=True)
 class Candidates:
-    """Layouts to compare, the profiles that they name, what was left out, and the cluster's settings."""
+    """Layouts to compare, the profiles that they name (also by host), what was left out, and the cluster's settings."""
 
     layouts: list[Layout]
     profiles: dict[str, Profile]
+    of_host: dict[str, str]
     notes: list[str]
     settings: Json
 
@@ -50,7 +51,7 @@ def candidates(inventory: str, limit: str | None, given: Json, wanted: Sequence[
     of_host = profiles_by_host(cluster, planner.worker_hosts, named)
     known = {name: profile.load(name) for name in dict.fromkeys(of_host.values())}
     layouts = [_layout(with_ratio(cluster, str(one)), of_host, one) for one in found]
-    return Candidates(layouts, known, notes, cluster.cluster)
+    return Candidates(layouts, known, of_host, notes, cluster.cluster)
 
 
 def load_arguments(settings: Json, scratch: Path) -> list[str]:
