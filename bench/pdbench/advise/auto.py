@@ -60,10 +60,12 @@ def verify(
     profile_of: Callable[[str], str],
     profiles: dict[str, Profile],
     processes: int | None,
+    goal: str,
 ) -> int:
     """Measure both, say which won and how far off the prediction was; return the sweep's exit code.
 
-    ``where``: the sweep's options that name the cluster; ``profile_of``: the profile of a host.
+    ``where``: the sweep's options that name the cluster; ``profile_of``: the profile of a host; ``goal``: output_throughput or
+    goodput, which decides.
     """
     (folder / SPEC).write_text(yaml.safe_dump(spec(two, given), sort_keys=False), encoding="utf-8")
     print(f"\nmeasuring {' and '.join(two)}, {REPEATS} runs each: pdbench sweep {folder / SPEC}\n", flush=True)
@@ -72,15 +74,15 @@ def verify(
         return code
     rows, notes = check.read(str(folder / SWEEP))
     found = check.predicted(rows, profile_of, profiles, partial(pool, processes=processes))
-    who = check.winners(rows, found)
+    who = check.winners(rows, found, goal)
     write_json(folder / "check.json", check.to_json(found, who))
     for note in notes:
         print(f"note: {note}")
-    print(f"\npredicted and measured\n{check.words(found, who)}\n\n{outcome(two, found, who)}", flush=True)
+    print(f"\npredicted and measured\n{check.words(found, who)}\n\n{outcome(two, found, who, goal)}", flush=True)
     return code
 
 
-def outcome(two: Sequence[str], found: Sequence[check.Checked], who: check.Winners) -> str:
+def outcome(two: Sequence[str], found: Sequence[check.Checked], who: check.Winners, goal: str) -> str:
     """Say which won, by measurement, at every load."""
     decided = {load: (measured, guess) for load, measured, guess in who.decided}
     lines = []
@@ -88,7 +90,7 @@ def outcome(two: Sequence[str], found: Sequence[check.Checked], who: check.Winne
         if load in decided:
             measured, guess = decided[load]
             agreed = "as predicted" if measured == guess else f"the prediction was {guess}"
-            lines.append(f"{load}: measured best by tokens/s per GPU: {measured} ({agreed})")
+            lines.append(f"{load}: measured best by {goal} per GPU: {measured} ({agreed})")
         else:
-            lines.append(f"{load}: no difference between {' and '.join(two)} was shown: take either")
+            lines.append(f"{load}: no difference of {goal} between {' and '.join(two)} was shown: take either")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from pdbench.advise.simulate import Simulated, Work, simulate
 from pdbench.compare import judge, sides
 from pdbench.gate.rundata import PLAN, REQUESTS, NotARun
 from pdbench.load.arrivals import schedule
+from pdbench.metrics import Slo
 from pdbench.model.cluster import Prompt
 from pdbench.model.profile import Profile
 from pdbench.records import MEASURE
@@ -33,7 +34,8 @@ Row = dict[Hashable, Any]
 #: what is compared
 THROUGHPUT, TTFT = "output_throughput", "ttft_ms_p50"
 FIGURES = (THROUGHPUT, TTFT, "itl_ms_mean", "e2e_ms_mean")
-_GOAL = "output_throughput_per_gpu"
+#: what winners may be told by
+GOODPUT = "goodput"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def layout_of(row: Row, profile_of: Callable[[str], str]) -> Layout:
 def work_of(row: Row) -> Work:
     """Return the requests that a row was sent: from its records, else as many of the mean lengths. Raise ValueError."""
     closed = int(row["concurrency"]) if pd.notna(row["concurrency"]) else None
+    limits = sides.slo_of(Path(str(row["folder"])), int(row["point"])) if row["folder"] else {}
     asked: list[tuple[int, int]]
     due: Sequence[float]
     if row["folder"]:
@@ -122,7 +125,7 @@ def work_of(row: Row) -> Work:
         raise ValueError("requests of conversations wait for answers, which is not simulated")
     first = min(due) if closed is None else 0.0
     prompts = [Prompt(isl, osl, at - first if closed is None else 0.0) for (isl, osl), at in zip(asked, due, strict=True)]
-    return Work(tuple(sorted(prompts, key=lambda prompt: prompt.due)), closed)
+    return Work(tuple(sorted(prompts, key=lambda prompt: prompt.due)), closed, Slo(**limits))
 
 
 def _simulated(shared: tuple[Sequence[tuple[Layout, Work]], dict[str, Profile]], place: int) -> Simulated:
@@ -146,8 +149,8 @@ def predicted(rows: pd.DataFrame, profile_of: Callable[[str], str], profiles: di
         found.append(
             Checked(
                 sides.load_in_words(row), cells[places[0]][0].ratio, cells[places[0]][0].gpus,
-                {name: statistics.fmean(float(listed[place][name]) for place in places) for name in FIGURES},
-                {name: statistics.fmean(runs[place].figures[name] for place in places) for name in FIGURES},
+                {name: statistics.fmean(float(listed[place][name]) for place in places) for name in (*FIGURES, GOODPUT)},
+                {name: statistics.fmean(runs[place].figures[name] for place in places) for name in (*FIGURES, GOODPUT)},
                 statistics.fmean(runs[place].queued for place in places) > 0.5, len(places),
             )
         )  # fmt: skip
@@ -158,18 +161,18 @@ def _spread(spread: Spread, count: int) -> list[Simulated]:
     return list(spread(_simulated, range(count)))
 
 
-def winners(rows: pd.DataFrame, found: Sequence[Checked]) -> Winners:
-    """Return the loads whose measured winner is decided, by `pdbench compare`'s judgement, all of them together."""
+def winners(rows: pd.DataFrame, found: Sequence[Checked], figure: str = THROUGHPUT) -> Winners:
+    """Return the loads whose measured winner, by a throughput per GPU, is decided: `pdbench compare` judges all together."""
     keyed = sides.keyed(rows)
-    guess = {(cell.load, cell.ratio): cell.predicted[THROUGHPUT] / cell.gpus for cell in found}
+    guess = {(cell.load, cell.ratio): cell.predicted[figure] / cell.gpus for cell in found}
     contests = []
     for _, at_load in keyed.groupby([keyed["load"].astype(str), "gpus"], sort=False):
         parts = [part for _, part in at_load.groupby("setup", sort=False)]
         if len(parts) > 1:
-            parts.sort(key=lambda part: -float((part["output_throughput"] / part["gpus"].astype(float)).mean()))
+            parts.sort(key=lambda part: -float((part[figure] / part["gpus"].astype(float)).mean()))
             contests.append(parts)
     verdicts = [
-        judge.judge(sides.runs(first, len(other)), sides.runs(other, len(first)), [_GOAL])
+        judge.judge(sides.runs(first, len(other)), sides.runs(other, len(first)), [f"{figure}_per_gpu"])
         for first, *others in contests
         for other in others
     ]
@@ -228,7 +231,7 @@ def words(found: Sequence[Checked], who: Winners | None) -> str:
 def to_json(found: Sequence[Checked], who: Winners | None) -> Json:
     """Return the same for programs."""
     free = [cell for cell in found if not cell.saturated]
-    return {
+    made = {
         "schema": 1,
         "cells": [
             {
@@ -242,3 +245,13 @@ def to_json(found: Sequence[Checked], who: Winners | None) -> Json:
         "ttft_p50_error": mean_error(free, TTFT) if free else None,
         "winners": {"loads": who.loads, "decided": [list(one) for one in who.decided], "right": who.right} if who else None,
     }  # fmt: skip
+    return dict(_finite(made))
+
+
+def _finite(value: Any) -> Any:
+    """Return the same with null for what is no number."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

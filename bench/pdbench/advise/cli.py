@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -158,7 +157,7 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     auto = importlib.import_module("pdbench.advise.auto")
     where_to = ["-i", args.inventory, *(["-l", args.limit] if args.limit else [])]
     two = auto.best_two(orders, goal)
-    code: int = auto.verify(two, given, where_to, args.output, found.of_host.__getitem__, found.profiles, args.processes)
+    code: int = auto.verify(two, given, where_to, args.output, found.of_host.__getitem__, found.profiles, args.processes, goal.removesuffix("_per_gpu"))
     return code
 
 
@@ -224,13 +223,6 @@ def _check(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"\n{check.words(found, who)}")
     if args.output is not None:
-        write_json(args.output / "check.json", _finite(check.to_json(found, who)))
+        write_json(args.output / "check.json", check.to_json(found, who))
     return 0
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
