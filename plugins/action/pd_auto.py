@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,8 +75,10 @@ class ActionModule(ActionBase):
     @staticmethod
     def _stream(command: list[str]) -> int:
         """Run a command, show its lines as they come; one that is left behind is ended."""
+        # The plays and the package of this checkout, whichever is installed.
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "bench"), "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert child.stdout
         try:

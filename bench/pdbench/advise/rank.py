@@ -85,9 +85,10 @@ class Ranked:
 
     @property
     def limit(self) -> str:
-        """Return the stage that would move the ratio most, or "" when none does."""
-        known = {name: gain for name, gain in self.gains.items() if gain.low > 0 and gain.mean >= LEAST_GAIN}
-        return max(known, key=lambda name: known[name].mean, default="")
+        """Return the stage that would move the ratio most, with those that would move it half as much; "" when none does."""
+        known = {name: gain.mean for name, gain in self.gains.items() if gain.low > 0 and gain.mean >= LEAST_GAIN}
+        most = max(known.values(), default=0.0)
+        return ", ".join(sorted((name for name in known if known[name] >= most / 2), key=lambda name: -known[name]))
 
     @property
     def saturated(self) -> bool:

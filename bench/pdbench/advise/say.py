@@ -101,7 +101,7 @@ def signed(found: Estimate) -> str:
     if math.isnan(found.mean):
         return "unknown change"
     half = (found.high - found.mean) * 100
-    return f"{found.mean:+.1%}" + (f" (±{half:.1f})" if math.isfinite(half) else "")
+    return f"{round(found.mean, 3) + 0.0:+.1%}" + (f" (±{half:.1f})" if math.isfinite(half) else "")
 
 
 def verdict(order: Sequence[Ranked], goal: str) -> str:

@@ -217,6 +217,8 @@ def _stages(watches: Mapping[str, Sequence[Watch]], span: float, memory_ms: floa
         shares = [one / span for one in busy] or [0.0]
         return Stage(sum(shares) / len(shares), max(shares), wait_ms, batch)
 
+    # From the grant of memory to the KV's arrival, less what prefill took of it.
+    moved = wait(decoding, "decode_transferred") - sum(wait(watches["prefill"], one) for one in ("prefill_waiting", "prefill_forward"))
     steps = sum(one.steps for one in decoding)
     held = [one.held / max(one.prefill + one.decode, 1e-9) for one in decoding]
     return {
@@ -226,9 +228,7 @@ def _stages(watches: Mapping[str, Sequence[Watch]], span: float, memory_ms: floa
             wait(decoding, "decode_waiting"),
             sum(one.made for one in decoding) / steps if steps else 0.0,
         ),
-        "KV link": stage(
-            [max(one.worker.link_busy.values(), default=0.0) for one in everyone], wait(decoding, "decode_transferred")
-        ),
+        "KV link": stage([max(one.worker.link_busy.values(), default=0.0) for one in everyone], max(0.0, moved)),
         "KV memory": Stage(sum(held) / len(held), max(one.peak for one in decoding), memory_ms),
         "front end": stage([one.front_end for one in everyone]),
     }
