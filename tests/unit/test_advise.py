@@ -210,8 +210,8 @@ def test_the_models_own_output_is_predicted_without_error() -> None:
     for cell in found:
         assert all(cell.error(figure) == pytest.approx(0, abs=1e-12) for figure in check.FIGURES)
     who = check.winners(rows, found)
-    assert who.loads == 2
-    assert who.right == len(who.decided) > 0
+    assert check.right(who.all) == len(who.all) == 2
+    assert check.right(who.decided) == len(who.decided) > 0
 
 
 def test_a_wrong_profile_is_off_and_noise_decides_no_winner() -> None:

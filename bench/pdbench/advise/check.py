@@ -57,15 +57,18 @@ class Checked:
 
 @dataclass(frozen=True)
 class Winners:
-    """``decided``: (load, measured winner, predicted winner) where the winner was shown to beat every other of its size."""
+    """``all``: (load, highest measured ratio, highest predicted one) of every load with several ratios on as many GPUs.
 
-    loads: int
+    ``decided``: those of them whose highest is shown to beat every other.
+    """
+
+    all: list[tuple[str, str, str]]
     decided: list[tuple[str, str, str]]
 
-    @property
-    def right(self) -> int:
-        """Return how many winners were predicted."""
-        return sum(measured == predicted for _, measured, predicted in self.decided)
+
+def right(found: Sequence[tuple[str, str, str]]) -> int:
+    """Return how many winners were predicted."""
+    return sum(measured == predicted for _, measured, predicted in found)
 
 
 def read(text: str) -> tuple[pd.DataFrame, list[str]]:
@@ -78,15 +81,19 @@ def read(text: str) -> tuple[pd.DataFrame, list[str]]:
             rows = tidy.frame(pd.read_csv(text).to_dict("records"))
         except OSError as why:
             raise NotARun(f"{text}: {why.strerror or why}") from None
-        rows = rows.assign(folder="", side="A")
+        rows = rows.assign(folder="", side="A", point=rows["point"].fillna(0))
     else:
         rows = sides.read(text).rows
-    used = [bool(row["completed"] > 0) and row["valid"] is not False for row in rows.astype(object).fillna(0).to_dict("records")]
+    used = [_usable(row) for row in rows.to_dict("records")]
     notes = [f"{len(rows) - sum(used)} of {len(rows)} load points are invalid or measured nothing: left out"] if not all(used) else []
     kept = rows[np.array(used, dtype=bool)].reset_index(drop=True)
     if kept.empty:
         raise NotARun(f"{text} has no valid load point")
     return kept, notes
+
+
+def _usable(row: Row) -> bool:
+    return bool(pd.notna(row["completed"]) and row["completed"] > 0 and (pd.isna(row["valid"]) or row["valid"]))
 
 
 def layout_of(row: Row, profile_of: Callable[[str], str]) -> Layout:
@@ -177,14 +184,14 @@ def winners(rows: pd.DataFrame, found: Sequence[Checked], figure: str = THROUGHP
         for other in others
     ]
     judged = iter(judge.correct(verdicts))
-    decided = []
-    for first, *others in contests:
-        ways = [next(judged).differences[0].better == "A" for _ in others]
-        if all(ways):
-            load = sides.load_in_words(first.iloc[0])
-            names = [str(ratios.parse(str(part.iloc[0]["ratio"]))) for part in (first, *others)]
-            decided.append((load, names[0], max(names, key=lambda name: guess[load, name])))
-    return Winners(len(contests), decided)
+    every, decided = [], []
+    for parts in contests:
+        names = [str(ratios.parse(str(part.iloc[0]["ratio"]))) for part in parts]
+        load = sides.load_in_words(parts[0].iloc[0])
+        every.append((load, names[0], max(names, key=lambda name: guess[load, name])))  # noqa: B023
+        if all([next(judged).differences[0].better == "A" for _ in parts[1:]]):
+            decided.append(every[-1])
+    return Winners(every, decided)
 
 
 def leave_one_out(
@@ -221,9 +228,10 @@ def words(found: Sequence[Checked], who: Winners | None) -> str:
     text += ["", f"mean absolute error of throughput: {mean_error(found, THROUGHPUT):.1%} ({len(found)} cells)"]
     if free:
         text.append(f"mean absolute error of p50 TTFT outside saturation: {mean_error(free, TTFT):.1%} ({len(free)} cells)")
-    if who is not None and who.loads:
+    if who is not None and who.all:
         text.append(
-            f"right winners: {who.right} of {len(who.decided)} loads whose winner is decided by measurement (of {who.loads} with several ratios)"
+            f"right winners: {right(who.decided)} of {len(who.decided)} loads whose winner is decided by measurement; of all "
+            f"{len(who.all)} with several ratios, the highest figure was predicted in {right(who.all)}"
         )
     return "\n".join(text)
 
@@ -243,7 +251,7 @@ def to_json(found: Sequence[Checked], who: Winners | None) -> Json:
         ],
         "throughput_error": mean_error(found, THROUGHPUT),
         "ttft_p50_error": mean_error(free, TTFT) if free else None,
-        "winners": {"loads": who.loads, "decided": [list(one) for one in who.decided], "right": who.right} if who else None,
+        "winners": {"all": [list(one) for one in who.all], "decided": [list(one) for one in who.decided]} if who else None,
     }  # fmt: skip
     return dict(_finite(made))
 
