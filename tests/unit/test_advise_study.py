@@ -143,7 +143,7 @@ def test_first_and_last_tokens_are_the_same_without_those_between(ratio: tuple[i
 
 def test_a_queue_before_prefill_is_seen_and_answered() -> None:
     made = Elastic(TINY, 1, 5, Queueing(Rule(ttft_s=1.0, itl_s=0.2)))
-    sent = prompts(1500, 12.0, isl=2000, osl=6)
+    sent = prompts(900, 6.0, isl=2000, osl=6)
     outcomes = made.open_loop(sent)
     stayed = Elastic(TINY, 1, 5, Fixed()).open_loop(sent)
     assert made.changes
@@ -155,7 +155,7 @@ def test_a_queue_before_prefill_is_seen_and_answered() -> None:
 def test_an_oracle_is_where_it_wants_to_be_in_time() -> None:
     made = Elastic(TINY, 3, 1, Schedule([(0.0, 3), (20.0, 1), (40.0, 2)], lead_s=8.0, every_s=1.0))
     made.open_loop(prompts(500, 10.0))
-    assert [(prefill, decode) for _, prefill, decode, _ in made.changes[-3:]] == [(1, 2), (1, 3), (2, 2)]
+    assert [(prefill, decode) for _, prefill, decode, _ in made.changes[-3:]] == [(2, 2), (1, 3), (2, 2)]
     assert made.changes[1][0] + made.changes[1][3] < 20
     assert 30 < made.changes[2][0] < 40
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +26,10 @@ def gpu_seconds(rates: Rates, isl: int, osl: int, itl_s: float) -> tuple[float, 
     A decode step is shared by as many requests as keep it within 80 % of the promised ``itl_s``, at this request's mean context;
     the front-end process may take longer than its share of the step.
     """
-    context = isl + osl // 2
-    engine, most = rates.profile.engine, 1
-    for batch in range(2, engine.max_running_requests + 1):
-        if rates.decode_s(batch, batch * context) > 0.8 * itl_s or batch * context > rates.capacity_tokens():
-            break
-        most = batch
+    context, engine = isl + osl // 2, rates.profile.engine
+    room = min(engine.max_running_requests, rates.capacity_tokens() // context)
+    # Steps take longer with every request: the largest batch in time is found by halving.
+    most = max(1, bisect_right(range(1, room + 1), 0.8 * itl_s, key=lambda batch: rates.decode_s(batch, batch * context)))
     step = rates.decode_s(most, most * context) / most
     return rates.prefill_s([(isl, 0)]), osl * max(step, engine.frontend_us_per_token / 1e6)
 
