@@ -63,13 +63,13 @@ def test_more_gpus_never_lower_goodput_beyond_noise(prefill: int, decode: int, r
 
 def test_a_faster_prefill_moves_the_best_ratio_towards_decode() -> None:
     fast = replace(TINY, gpu=replace(TINY.gpu, tflops=4 * TINY.gpu.tflops))
-    sent = works(load("800-1200", "40-80", 200, concurrency=64), 4)
+    sent = works(load("800-1200", "30-50", 100, concurrency=48), 3)
     before, after = (advised(split(6), sent, {"tiny": one})[0].layout for one in (TINY, fast))
     assert len(after.decode) > len(before.decode)
 
 
 def test_the_ranking_does_not_depend_on_the_order_of_the_seeds() -> None:
-    layouts, sent = split(5), works(load("300-900", "20-60", 120, concurrency=24), 4)
+    layouts, sent = split(5), works(load("300-900", "10-30", 80, concurrency=24), 4)
     runs = {p: [simulate.simulate(one, each, {"tiny": TINY}) for each in sent] for p, one in enumerate(layouts)}
     goal = rank.goal_of(sent[0])
     first = [(each.layout.ratio, each.rank) for each in rank.ranked(layouts, runs, goal)]
@@ -86,20 +86,20 @@ def test_equals_share_the_first_rank_and_the_worse_do_not() -> None:
 
 
 def test_what_limits_is_found_by_making_it_faster() -> None:
-    long_prompts, long_answers = works(load("3000", "4", 60, concurrency=32), 3), works(load("10", "200", 128, concurrency=128), 3)
+    long_prompts, long_answers = works(load("3000", "4", 24, concurrency=16), 3), works(load("10", "60", 64, concurrency=64), 3)
     cases = [(long_prompts, "prefill"), (long_answers, "decode")]
     for sent, stage in cases:
         (only,) = advised([alike(1, 1, 0, "tiny")], sent, {"tiny": TINY}, 1)
         assert only.limit == stage
         assert f"limited by: {stage}" in say.verdict([only], "output_throughput_per_gpu")
     slow = replace(H200, engine=replace(H200.engine, frontend_us_per_token=500.0))
-    (only,) = advised([alike(1, 1, 0, "h")], works(load("20", "100", 200, concurrency=100), 3), {"h": slow}, 1)
+    (only,) = advised([alike(1, 1, 0, "h")], works(load("20", "40", 80, concurrency=40), 3), {"h": slow}, 1)
     assert only.limit == "front end"
     thin = replace(TINY, transports={**TINY.transports, "tcp": replace(TINY.transports["tcp"], bandwidth_gb_per_s=0.02)})
-    (only,) = advised([alike(1, 1, 0, "tiny", way="tcp")], works(load("1000", "4", 60, concurrency=16), 3), {"tiny": thin}, 1)
+    (only,) = advised([alike(1, 1, 0, "tiny", way="tcp")], works(load("1000", "4", 24, concurrency=8), 3), {"tiny": thin}, 1)
     assert only.limit == "KV link"
     full = replace(alike(2, 1, 0, "tiny"), decode=(replace(alike(1, 1, 0, "tiny").decode[0], flags=(("max-total-tokens", 6000.0),)),))
-    (only,) = advised([full], works(load("1000", "50", 100, concurrency=32), 3), {"tiny": TINY}, 1)
+    (only,) = advised([full], works(load("1000", "40", 40, concurrency=16), 3), {"tiny": TINY}, 1)
     assert only.limit == "KV memory"
     assert only.stage("KV memory").wait_ms > 0
 

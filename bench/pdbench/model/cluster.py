@@ -187,8 +187,12 @@ class Simulation:
                 for event in worker.advance(self.now):
                     self._route(event)
                 # Tokens on their way through the front end, too: it is settled when they arrive.
-                for token in worker.tokens(FOREVER):
-                    self._arrive(*token)
+                for due, request, number in worker.tokens(FOREVER):
+                    if request.way != "send":
+                        trip: _Trip = request.tag  # type: ignore[assignment]
+                        trip.outcome.tokens.append(due)
+                        if number == request.output_tokens - 1:
+                            self._ended(due, request, trip)
             else:
                 _, _, action = heapq.heappop(self._calls)
                 action(self.now)
@@ -234,17 +238,11 @@ class Simulation:
         else:
             self._call(event.at + self._message_s, lambda at: decode.deliver(at, receiver, sender.sent_bytes))
 
-    def _arrive(self, at: float, request: Request, number: int) -> None:
-        trip = request.tag
-        assert isinstance(trip, _Trip)
-        if request.way == "send":
-            return
-        trip.outcome.tokens.append(at)
-        if number == request.output_tokens - 1:
-            computed = trip.pair[0] if trip.pair else request
-            trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, request.retractions
-            trip.outcome.memory_wait = computed.queued - computed.entered if trip.pair else 0.0
-            self._call(at, self._done)
+    def _ended(self, at: float, request: Request, trip: _Trip) -> None:
+        computed, outcome = trip.pair[0] if trip.pair else request, trip.outcome
+        outcome.cached_tokens, outcome.retractions = computed.cached, request.retractions
+        outcome.memory_wait = computed.queued - computed.entered if trip.pair else 0.0
+        self._call(at, self._done)
 
     def _done(self, now: float) -> None:
         if self._on_done:
