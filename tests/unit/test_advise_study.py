@@ -206,9 +206,9 @@ def test_the_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     trace = tmp_path / "trace.jsonl"
     rng = random.Random(4)
     trace.write_text(
-        "\n".join(json.dumps({"timestamp": at * 400, "input_length": rng.randint(300, 4000), "output_length": rng.randint(5, 60)}) for at in range(60))
+        "\n".join(json.dumps({"timestamp": at * 400, "input_length": rng.randint(300, 4000), "output_length": rng.randint(5, 60)}) for at in range(25))
     )
-    args = ["--profile", "tiny", "--workers", "3", "--day", "1", "--loads", "0.5,0.8", "--seeds", "2", "--processes", "1"]
+    args = ["--profile", "tiny", "--workers", "3", "--day", "0.3", "--loads", "0.5,0.8", "--seeds", "2", "--processes", "1"]
     assert study.main([*args, "--trace", str(trace), "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "### day" in said

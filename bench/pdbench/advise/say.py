@@ -16,6 +16,8 @@ from pdbench.model.profile import ORIGINS, Profile
 
 Json = dict[str, Any]
 GOALS = {"goodput_per_gpu": "requests/s within the limits, per GPU", "output_throughput_per_gpu": "output tokens/s per GPU"}
+#: figures named when a profile says what it rests on
+_SHOWN = 9
 IN_JSON = (
     *("goodput_per_gpu", "output_throughput_per_gpu", "request_throughput", "output_throughput"),
     *("ttft_ms_mean", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_mean", "itl_ms_p99", "tpot_ms_mean", "e2e_ms_mean", "e2e_ms_p99"),
@@ -28,7 +30,8 @@ def grounds(profile: Profile) -> str:
     counted = ", ".join(f"{origins[origin]} {origin}" for origin in ORIGINS if origins[origin])
     speed = [name for name in profile.sources if name.startswith(("engine.", "transports."))]
     guessed = [name.split(".", 1)[1] for name in speed if profile.sources[name].startswith("chosen")]
-    more = f"; of engine and transports chosen, not measured: {', '.join(guessed)}" if guessed else ""
+    some = ", ".join(guessed[:_SHOWN]) + (f" and {len(guessed) - _SHOWN} more" if len(guessed) > _SHOWN else "")
+    more = f"; of engine and transports chosen, not measured: {some}" if guessed else ""
     return f"profile {profile.name} ({profile.description}): {counted}{more}"
 
 

@@ -43,9 +43,9 @@ WORTH = 0.005
 AGGREGATED, CONTROLLER, ORACLE = "aggregated", "controller", "oracle"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
-    """What all runs share: ``workers`` of ``gpus`` GPUs each, limits in ms."""
+    """What all runs share: ``workers`` of ``gpus`` GPUs each, limits in ms. Known by itself, so that what is made of it is kept."""
 
     profile: Profile
     workers: int
