@@ -47,10 +47,11 @@ def main(argv: list[str]) -> int:
         args = with_load_file(parser, argv)
         at_least(args, 1, "seeds", "processes")
         above_zero(args, "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
-        if args.verify and (args.check or args.output is None or _says_load(args)):
+        limits = any(getattr(args, f"slo_{name}_ms") is not None for name in ("ttft", "tpot", "e2e"))
+        if args.verify and (args.check or args.output is None or limits or _says_load(args)):
             raise LoadError(
                 "--verify measures the load of the bench_* variables and keeps it in --output DIR: leave --check out, and give "
-                "the load as for bench.yml, such as -e bench_concurrency=32"
+                "load and limits as for bench.yml, such as -e bench_concurrency=32 -e bench_slo_ttft_ms=500"
             )
         if args.output is not None:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         orders.append(order)
         words = {"words": say.load_words(one_load), "concurrency": one_load.concurrency, "request_rate": one_load.rate}
         points.append(say.to_json(order, goal, words, found.profiles, slo))
-        if args.output is not None:
+        if args.output is not None and any(each.rank for each in order):
             picture = importlib.import_module("pdbench.advise.draw").picture
             name = "advice.png" if len(loads) == 1 else f"advice-{number}.png"
             (args.output / name).write_bytes(picture(order, goal, say.load_words(one_load)))
@@ -157,7 +158,8 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     auto = importlib.import_module("pdbench.advise.auto")
     where_to = ["-i", args.inventory, *(["-l", args.limit] if args.limit else [])]
     two = auto.best_two(orders, goal)
-    code: int = auto.verify(two, given, where_to, args.output, found.of_host.__getitem__, found.profiles, args.processes, goal.removesuffix("_per_gpu"))
+    told = (found.of_host.__getitem__, found.profiles, args.processes, goal.removesuffix("_per_gpu"))
+    code: int = auto.verify(two, given, where_to, args.output, *told)
     return code
 
 
@@ -174,7 +176,7 @@ def _loads(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: 
         limits = any(getattr(args, f"slo_{name}_ms") is not None for name in ("ttft", "tpot", "e2e"))
         for name in () if limits else ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"):
             setattr(args, name, getattr(said, name))
-        said.seed = args.seed
+        said.seed = args.seed or said.seed
         if args.num_requests is not None:
             said.num_requests, said.duration = args.num_requests, None
     else:
