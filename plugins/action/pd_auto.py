@@ -32,7 +32,7 @@ class ActionModule(ActionBase):
     """`pd_auto:`; documented in library/pd_auto.py."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset()
+    _VALID_ARGS: frozenset[str] = frozenset()
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Simulate, measure, compare; return where the results are."""
@@ -50,7 +50,9 @@ class ActionModule(ActionBase):
             raise UserError(f"ratio=auto takes one inventory, and there are {len(sources)}: {', '.join(sources)}")
         for name in extra:
             if name in VARIABLES and VARIABLES[name].secret:
-                raise UserError(f"-e {name}=...: ratio=auto keeps what it measured with, and this is a secret: put it into a vault")
+                raise UserError(
+                    f"-e {name}=...: ratio=auto keeps what it measured with, and this is a secret: put it into a vault"
+                )
         given = {name: value for name, value in extra.items() if name in VARIABLES}
         results = ROOT / str(given.get("results_dir") or VARIABLES["results_dir"].default)
         folder = results / f"auto-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
@@ -59,7 +61,19 @@ class ActionModule(ActionBase):
         with tempfile.TemporaryDirectory() as scratch:
             typed = Path(scratch) / "extra.json"
             typed.write_text(json.dumps({name: value for name, value in given.items() if name != "ratio"}))
-            command = [self._python(), "-m", "pdbench", "advise", "-i", sources[0], "-e", f"@{typed}", "--verify", "--output", str(folder)]
+            command = [
+                self._python(),
+                "-m",
+                "pdbench",
+                "advise",
+                "-i",
+                sources[0],
+                "-e",
+                f"@{typed}",
+                "--verify",
+                "--output",
+                str(folder),
+            ]
             command += ["-l", limit] if limit else []
             code = self._stream(command + [word for name in profiles for word in ("--profile", name)])
         if code == 3:

@@ -34,7 +34,9 @@ def test_every_ratio_of_the_default_inventory_is_ranked(tmp_path: Path) -> None:
 
 
 def test_layouts_are_those_of_the_plan() -> None:
-    found = where.candidates("inventory/local", None, {"emulated_profile": "h200-qwen2.5-3b", "tensor_parallel_size": 2}, ["1p1d", "4agg"], [])
+    found = where.candidates(
+        "inventory/local", None, {"emulated_profile": "h200-qwen2.5-3b", "tensor_parallel_size": 2}, ["1p1d", "4agg"], []
+    )
     split, together = found.layouts
     assert split.ways == (("cuda_ipc",),) or split.ways == (("tcp",),)
     assert (split.gpus, together.gpus) == (4, 8)

@@ -41,7 +41,9 @@ def works(one: Load, seeds: int, slo: Slo | None = None) -> list[Work]:
     return [simulate.work(one, slo or Slo(), seed) for seed in range(seeds)]
 
 
-def advised(layouts: Sequence[Layout], given_works: Sequence[Work], profiles: dict[str, Profile], moved: int = 0) -> list[rank.Ranked]:
+def advised(
+    layouts: Sequence[Layout], given_works: Sequence[Work], profiles: dict[str, Profile], moved: int = 0
+) -> list[rank.Ranked]:
     with pool((layouts, profiles, given_works), 1) as spread:
         return rank.advise(layouts, len(given_works), rank.goal_of(given_works[0]), spread, moved)
 
@@ -80,7 +82,11 @@ def test_the_ranking_does_not_depend_on_the_order_of_the_seeds() -> None:
 
 def test_equals_share_the_first_rank_and_the_worse_do_not() -> None:
     twin = replace(alike(2, 2, 0, "tiny"), ratio="twin")
-    order = advised([alike(2, 2, 0, "tiny"), twin, alike(1, 3, 0, "tiny")], works(load("2000-3000", "5-9", 80, concurrency=32), 4), {"tiny": TINY})
+    order = advised(
+        [alike(2, 2, 0, "tiny"), twin, alike(1, 3, 0, "tiny")],
+        works(load("2000-3000", "5-9", 80, concurrency=32), 4),
+        {"tiny": TINY},
+    )
     assert [(each.layout.ratio, each.rank) for each in order] == [("2p2d", 1), ("twin", 1), ("1p3d", 3)]
     assert say.verdict(order, "output_throughput_per_gpu").startswith("predicted equal")
 
@@ -98,7 +104,9 @@ def test_what_limits_is_found_by_making_it_faster() -> None:
     thin = replace(TINY, transports={**TINY.transports, "tcp": replace(TINY.transports["tcp"], bandwidth_gb_per_s=0.02)})
     (only,) = advised([alike(1, 1, 0, "tiny", way="tcp")], works(load("1000", "4", 24, concurrency=8), 3), {"tiny": thin}, 1)
     assert only.limit == "KV link"
-    full = replace(alike(2, 1, 0, "tiny"), decode=(replace(alike(1, 1, 0, "tiny").decode[0], flags=(("max-total-tokens", 6000.0),)),))
+    full = replace(
+        alike(2, 1, 0, "tiny"), decode=(replace(alike(1, 1, 0, "tiny").decode[0], flags=(("max-total-tokens", 6000.0),)),)
+    )
     (only,) = advised([full], works(load("1000", "40", 40, concurrency=16), 3), {"tiny": TINY}, 1)
     assert only.limit == "KV memory"
     assert only.stage("KV memory").wait_ms > 0
@@ -125,7 +133,9 @@ def test_figures_are_those_of_the_definitions() -> None:
 
 
 def test_a_ratio_that_cannot_serve_a_prompt_is_not_ranked() -> None:
-    tight = replace(alike(1, 1, 0, "tiny"), decode=(replace(alike(1, 1, 0, "tiny").decode[0], flags=(("max-total-tokens", 900.0),)),))
+    tight = replace(
+        alike(1, 1, 0, "tiny"), decode=(replace(alike(1, 1, 0, "tiny").decode[0], flags=(("max-total-tokens", 900.0),)),)
+    )
     order = advised([tight, alike(2, 1, 0, "tiny")], works(load("1000", "5", 20, concurrency=4), 3), {"tiny": TINY})
     assert [(each.layout.ratio, each.rank) for each in order] == [("2p1d", 1), ("1p1d", 0)]
     text = say.table(order, "output_throughput_per_gpu")
@@ -161,8 +171,14 @@ def test_a_plan_gives_workers_flags_and_ways() -> None:
 
     plan = {
         "ratio": "2p1d",
-        "workers": [worker("prefill-0", [0], ["--chunked-prefill-size", "4096"]), worker("prefill-1", [1], []), worker("decode-0", [2, 3], [])],
-        "pairs": [{"prefill": f"prefill-{i}", "decode": "decode-0", "expected_transport": way} for i, way in enumerate(("rdma", "tcp"))],
+        "workers": [
+            worker("prefill-0", [0], ["--chunked-prefill-size", "4096"]),
+            worker("prefill-1", [1], []),
+            worker("decode-0", [2, 3], []),
+        ],
+        "pairs": [
+            {"prefill": f"prefill-{i}", "decode": "decode-0", "expected_transport": way} for i, way in enumerate(("rdma", "tcp"))
+        ],
     }
     found = of_plan(plan, lambda host: f"profile of {host}")
     assert found.gpus == 4
@@ -220,7 +236,9 @@ def test_a_wrong_profile_is_off_and_noise_decides_no_winner() -> None:
     found = check.predicted(rows, lambda host: "p", {"p": slow}, lambda shared: pool(shared, 1))
     assert check.mean_error(found, check.TTFT) > 0.2
     noisy = measured(TINY, loads=(4,), noise=0.5)
-    assert check.winners(noisy, check.predicted(noisy, lambda host: "p", {"p": TINY}, lambda shared: pool(shared, 1))).decided == []
+    assert (
+        check.winners(noisy, check.predicted(noisy, lambda host: "p", {"p": TINY}, lambda shared: pool(shared, 1))).decided == []
+    )
     single = measured(TINY, repeats=1)
     assert check.winners(single, found).decided == []  # one run a side, and its requests are not at hand
 
@@ -243,8 +261,19 @@ def test_leave_one_out_fits_without_the_ratio_that_it_predicts() -> None:
 def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measured(H200, loads=(4,), repeats=1).drop(columns=["folder", "side"])
     # what a published table has: not every column
-    rows[["ratio", "gpus", "transfer_backend", "concurrency", "isl", "osl", "valid", "completed", *check.FIGURES]].to_csv(tmp_path / "t.csv", index=False)
-    args = ["--check", str(tmp_path / "t.csv"), "--profile", "h200-qwen2.5-3b", "--processes", "1", "--output", str(tmp_path / "out")]
+    rows[["ratio", "gpus", "transfer_backend", "concurrency", "isl", "osl", "valid", "completed", *check.FIGURES]].to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    args = [
+        "--check",
+        str(tmp_path / "t.csv"),
+        "--profile",
+        "h200-qwen2.5-3b",
+        "--processes",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(args) == 0
     assert "mean absolute error of throughput: 0.0% (4 cells)" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "check.json").read_text())["throughput_error"] == pytest.approx(0, abs=1e-6)

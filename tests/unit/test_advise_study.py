@@ -33,7 +33,9 @@ waits = st.floats(0, 10)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), waits, waits, st.floats(0, 1), st.floats(0, 1))
-def test_the_last_worker_of_a_role_is_never_asked_for(prefill: int, decode: int, a: float, b: float, itl: float, full: float) -> None:
+def test_the_last_worker_of_a_role_is_never_asked_for(
+    prefill: int, decode: int, a: float, b: float, itl: float, full: float
+) -> None:
     seen = Observed(prefill, decode, a, b, itl, full)
     if wish(RULE, seen) == "prefill":
         assert decode > 1
@@ -98,7 +100,9 @@ class Script:
         self.seen.append(observed)
         if self.busy:
             return None
-        move: Move | None = "prefill" if observed.decode > 1 and len(self.seen) % 2 else "decode" if observed.prefill > 1 else None
+        move: Move | None = (
+            "prefill" if observed.decode > 1 and len(self.seen) % 2 else "decode" if observed.prefill > 1 else None
+        )
         self.busy = move is not None
         return move
 
@@ -123,7 +127,10 @@ def test_every_request_is_served_while_workers_change_roles() -> None:
 
 def test_without_a_policy_it_is_a_fixed_ratio() -> None:
     sent = prompts(120, 10.0)
-    ends = [[one.end for one in run.open_loop(sent)] for run in (Elastic(TINY, 2, 1, Fixed()), Simulation(deployment(Rates(TINY), 2, 1)))]
+    ends = [
+        [one.end for one in run.open_loop(sent)]
+        for run in (Elastic(TINY, 2, 1, Fixed()), Simulation(deployment(Rates(TINY), 2, 1)))
+    ]
     assert ends[0] == ends[1]
 
 
@@ -187,7 +194,13 @@ def made_run(load: float, policy: str, seed: int, met: float) -> study.Run:
 
 
 def test_words_name_the_best_fixed_ratio_and_the_difference_to_it() -> None:
-    shares = {"1p2d": (0.99, 0.7), "2p1d": (0.95, 0.8), "aggregated": (0.9, 0.5), "controller": (0.97, 0.86), "oracle": (1.0, 0.92)}
+    shares = {
+        "1p2d": (0.99, 0.7),
+        "2p1d": (0.95, 0.8),
+        "aggregated": (0.9, 0.5),
+        "controller": (0.97, 0.86),
+        "oracle": (1.0, 0.92),
+    }
     found = [
         made_run(load, policy, seed, met + 0.01 * seed)
         for policy, each in shares.items()
@@ -206,7 +219,10 @@ def test_the_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     trace = tmp_path / "trace.jsonl"
     rng = random.Random(4)
     trace.write_text(
-        "\n".join(json.dumps({"timestamp": at * 400, "input_length": rng.randint(300, 4000), "output_length": rng.randint(5, 60)}) for at in range(25))
+        "\n".join(
+            json.dumps({"timestamp": at * 400, "input_length": rng.randint(300, 4000), "output_length": rng.randint(5, 60)})
+            for at in range(25)
+        )
     )
     args = ["--profile", "tiny", "--workers", "3", "--day", "0.3", "--loads", "0.5,0.8", "--seeds", "2", "--processes", "1"]
     assert study.main([*args, "--trace", str(trace), "--output", str(tmp_path / "out")]) == 0
@@ -230,7 +246,9 @@ def test_the_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--gpus", "0"], "--gpus must be at least 1"),
     ],
 )
-def test_a_mistake_in_the_study_is_one_message(args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_study_is_one_message(
+    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert study.main([*args, "--output", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
 

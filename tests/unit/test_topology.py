@@ -452,20 +452,20 @@ def test_a_large_cluster_is_placed_and_the_message_made_in_reasonable_time() -> 
         place(Ratio(50, 16), one_each(4), hosts, current)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_the_fullest_ratios_fit_cannot_grow_and_are_all(rng: random.Random) -> None:
+    groups = (("prefill", "aggregated"), ("decode", "aggregated"), ROLES)
     hosts = [
-        Host(f"h{i}", {role: tuple(range(rng.randint(1, 4))) for role in (("prefill", "aggregated"), ("decode", "aggregated"), ROLES)[rng.randrange(3)]},
-             {role: i for role in ROLES})
+        Host(f"h{i}", {role: tuple(range(rng.randint(1, 3))) for role in rng.choice(groups)}, dict.fromkeys(ROLES, i))
         for i in range(rng.randint(1, 3))
-    ]  # fmt: skip
+    ]
     shape = {role: RoleShape(rng.randint(1, 2)) for role in ROLES}
     found = fullest_ratios(shape, hosts)
     pairs = {(one.prefill, one.decode) for one in found if one.disaggregated}
     for one in found:
         assert attempt(one, shape, hosts, []) is not None
-    fits = {(p, d) for p in range(1, 13) for d in range(1, 13) if attempt(Ratio(p, d), shape, hosts, []) is not None}
+    fits = {(p, d) for p in range(1, 10) for d in range(1, 10) if attempt(Ratio(p, d), shape, hosts, []) is not None}
     assert pairs == {(p, d) for p, d in fits if not fits & {(p + 1, d), (p, d + 1)}}
     sizes = {p * shape["prefill"].gpus + d * shape["decode"].gpus for p, d in pairs}
     for one in found:

@@ -78,14 +78,16 @@ def read(text: str) -> tuple[pd.DataFrame, list[str]]:
     """
     if text.endswith(".csv"):
         try:
-            rows = tidy.frame(pd.read_csv(text).to_dict("records"))
+            rows = tidy.frame([{str(name): value for name, value in row.items()} for row in pd.read_csv(text).to_dict("records")])
         except OSError as why:
             raise NotARun(f"{text}: {why.strerror or why}") from None
         rows = rows.assign(folder="", side="A", point=rows["point"].fillna(0))
     else:
         rows = sides.read(text).rows
     used = [_usable(row) for row in rows.to_dict("records")]
-    notes = [f"{len(rows) - sum(used)} of {len(rows)} load points are invalid or measured nothing: left out"] if not all(used) else []
+    notes = (
+        [f"{len(rows) - sum(used)} of {len(rows)} load points are invalid or measured nothing: left out"] if not all(used) else []
+    )
     kept = rows[np.array(used, dtype=bool)].reset_index(drop=True)
     if kept.empty:
         raise NotARun(f"{text} has no valid load point")
@@ -112,7 +114,7 @@ def layout_of(row: Row, profile_of: Callable[[str], str]) -> Layout:
 
 def work_of(row: Row) -> Work:
     """Return the requests that a row was sent: from its records, else as many of the mean lengths. Raise ValueError."""
-    closed = int(row["concurrency"]) if pd.notna(row["concurrency"]) else None
+    closed: int | None = int(row["concurrency"]) if pd.notna(row["concurrency"]) else None
     limits = sides.slo_of(Path(str(row["folder"])), int(row["point"])) if row["folder"] else {}
     asked: list[tuple[int, int]]
     due: Sequence[float]
@@ -123,7 +125,9 @@ def work_of(row: Row) -> Work:
         asked = [(int(isl), int(osl)) for isl, osl in zip(mine.iloc[:, 3], mine.iloc[:, 4], strict=True)]
         due = [float(at) for at in mine["scheduled_s"]]
     else:
-        asked = [(round(row["isl"]), round(row["osl"]))] * int(row["completed"] + (row["failed"] if pd.notna(row["failed"]) else 0))
+        asked = [(round(row["isl"]), round(row["osl"]))] * int(
+            row["completed"] + (row["failed"] if pd.notna(row["failed"]) else 0)
+        )
         rate = row["request_rate"]
         if closed is None and pd.isna(rate):
             raise ValueError("without its records nobody knows when a trace's requests were due")
@@ -188,15 +192,13 @@ def winners(rows: pd.DataFrame, found: Sequence[Checked], figure: str = THROUGHP
     for parts in contests:
         names = [str(ratios.parse(str(part.iloc[0]["ratio"]))) for part in parts]
         load = sides.load_in_words(parts[0].iloc[0])
-        every.append((load, names[0], max(names, key=lambda name: guess[load, name])))  # noqa: B023
+        every.append((load, names[0], max(names, key=lambda name: guess[load, name])))
         if all([next(judged).differences[0].better == "A" for _ in parts[1:]]):
             decided.append(every[-1])
     return Winners(every, decided)
 
 
-def leave_one_out(
-    rows: pd.DataFrame, fit: Callable[[pd.DataFrame], Profile], begin: Any
-) -> list[Checked]:
+def leave_one_out(rows: pd.DataFrame, fit: Callable[[pd.DataFrame], Profile], begin: Any) -> list[Checked]:
     """Return every cell predicted by a profile that ``fit`` made from the rows of all other ratios."""
     found = []
     for ratio in dict.fromkeys(rows["ratio"]):

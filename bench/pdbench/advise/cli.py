@@ -82,9 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     where = p.add_argument_group("what is simulated")
     where.add_argument("-i", "--inventory", default=DEFAULT_INVENTORY, help="default: %(default)s")
     where.add_argument("-l", "--limit", metavar="PATTERN", help="only these hosts, as for ansible-playbook")
-    where.add_argument("-e", "--extra", action="append", default=[], metavar="NAME=VALUE", help="a variable, as for ansible-playbook")
     where.add_argument(
-        "--profile", action="append", default=[], metavar="[HOST=]P", help=f"figures of the GPUs: a file, or {', '.join(shipped())}"
+        "-e", "--extra", action="append", default=[], metavar="NAME=VALUE", help="a variable, as for ansible-playbook"
+    )
+    where.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="[HOST=]P",
+        help=f"figures of the GPUs: a file, or {', '.join(shipped())}",
     )
     where.add_argument("--ratios", metavar="R[,R]", help="default: all that use the inventory's GPUs as far as they go")
     where.add_argument("--seeds", type=int, metavar="N", help="simulations of each ratio, for the intervals (default: 6)")
@@ -165,7 +171,9 @@ def _advise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 def _says_load(args: argparse.Namespace) -> bool:
     """Tell whether the command line says what is sent."""
-    return any(getattr(args, name, None) is not None for name in ("load", *load_options.PACES, "time_scale", "trace", "isl", "osl"))
+    return any(
+        getattr(args, name, None) is not None for name in ("load", *load_options.PACES, "time_scale", "trace", "isl", "osl")
+    )
 
 
 def _loads(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Json, where: Any) -> tuple[list[Load], Slo]:
@@ -190,7 +198,9 @@ def _loads(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: 
 
 
 def _tell(order: Sequence[Any], goal: str, one_load: Load) -> None:
-    print(f"\n{say.load_words(one_load)}; {len(order[0].runs)} seeds, ± is a 95 % interval over them\n\n{say.table(order, goal)}\n")
+    print(
+        f"\n{say.load_words(one_load)}; {len(order[0].runs)} seeds, ± is a 95 % interval over them\n\n{say.table(order, goal)}\n"
+    )
     for each in [each for each in order if each.gains][:2]:
         print(f"{each.layout.ratio}, stage by stage:\n{say.evidence(each)}")
     print(f"\n{say.verdict(order, goal)}", flush=True)
@@ -227,4 +237,3 @@ def _check(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output / "check.json", check.to_json(found, who))
     return 0
-

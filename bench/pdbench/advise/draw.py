@@ -22,7 +22,9 @@ def picture(order: Sequence[Ranked], goal: str, title: str) -> bytes:
 
     def build() -> Figure:
         figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.34 * len(shown)), sharey=True)
-        for ax, (name, label) in zip(axes, ((goal, GOALS[goal]), ("ttft_ms_p50", "TTFT p50, ms"), ("itl_ms_p99", "ITL p99, ms")), strict=True):
+        for ax, (name, label) in zip(
+            axes, ((goal, GOALS[goal]), ("ttft_ms_p50", "TTFT p50, ms"), ("itl_ms_p99", "ITL p99, ms")), strict=True
+        ):
             _bars(ax, shown, name)
             ax.set_xlabel(label)
         axes[0].invert_yaxis()

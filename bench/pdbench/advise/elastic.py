@@ -140,7 +140,10 @@ class Elastic(Simulation):
         """Return what the workers that take requests say of the last window (those that left are forgotten)."""
         computing = [self._deployment.prefill[place] for place in self.serving("prefill")]
         decoding = [self._deployment.decode[place] for place in self.serving("decode")]
-        started, waited = self._since("prefill_waiting", computing, lambda w: w.requests), self._waits(computing, "prefill_waiting")
+        started, waited = (
+            self._since("prefill_waiting", computing, lambda w: w.requests),
+            self._waits(computing, "prefill_waiting"),
+        )
         steps = self._since("steps", decoding, lambda w: w.steps)
         decode_s = self._since("decode", decoding, lambda w: w.decode)
         front = self._since("front", decoding, lambda w: w.front_end)

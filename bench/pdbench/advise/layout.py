@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from pdbench.model.cluster import Deployment
@@ -62,12 +63,13 @@ def of_plan(plan: Json, profile_of: Callable[[str], str]) -> Layout:
         names[worker["role"]].append(worker["name"])
     seen = {(pair["prefill"], pair["decode"]): pair["expected_transport"] for pair in plan["pairs"]}
     ways = tuple(tuple(seen[p, d] for d in names["decode"]) for p in names["prefill"])
-    return Layout(str(plan["ratio"]), *(tuple(spots[role]) for role in spots), ways)
+    prefill, decode, aggregated = (tuple(spots[role]) for role in spots)
+    return Layout(str(plan["ratio"]), prefill, decode, aggregated, ways)
 
 
 def _flags(argv: Sequence[str]) -> tuple[tuple[str, float], ...]:
     found = {}
-    for flag, value in zip(argv, argv[1:], strict=False):
+    for flag, value in pairwise(argv):
         name = _SHORT.get(flag, flag).removeprefix("--")
         if name in FLAGS:
             found[name] = float(value)
@@ -97,7 +99,9 @@ def rates_of(spot: Spot, profiles: Mapping[str, Profile], faster: Mapping[str, f
     profile = profiles[spot.profile]
     if "front end" in shares:
         own = profile.engine
-        cheaper = {name: getattr(own, name) * shares["front end"] for name in ("frontend_us_per_token", "frontend_us_per_request")}
+        cheaper = {
+            name: getattr(own, name) * shares["front end"] for name in ("frontend_us_per_token", "frontend_us_per_request")
+        }
         profile = replace(profile, engine=replace(own, **cheaper))
     if "KV link" in shares:
         nearer = {way: replace(one, latency_ms=one.latency_ms * shares["KV link"]) for way, one in profile.transports.items()}
@@ -129,5 +133,5 @@ def build(layout: Layout, profiles: Mapping[str, Profile], faster: Mapping[str, 
                 raise ProfileError(f"{layout.ratio}, profile {spot.profile}: {why}") from None
         return Worker(*made[spot])
 
-    pools = ([worker(spot) for spot in spots] for spots in (layout.prefill, layout.decode, layout.aggregated))
-    return Deployment(*pools, transport=lambda here, there: layout.ways[here][there])
+    prefill, decode, both = ([worker(spot) for spot in spots] for spots in (layout.prefill, layout.decode, layout.aggregated))
+    return Deployment(prefill, decode, both, transport=lambda here, there: layout.ways[here][there])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,15 +17,21 @@ _shared: list[Any] = []
 
 def _begin(shared: object) -> None:
     _shared[:] = [shared]
+    gc.disable()
 
 
 def _call(job: tuple[Callable[[Any, Any], Any], Any]) -> Any:
     function, task = job
-    return function(_shared[0], task)
+    try:
+        return function(_shared[0], task)
+    finally:
+        gc.collect()  # once a job: a simulation makes millions of objects, and nothing of it can go before its end
 
 
 @contextmanager
-def pool(shared: object, processes: int | None = None) -> Iterator[Callable[[Callable[[Any, _In], _Out], Sequence[_In]], list[_Out]]]:
+def pool(
+    shared: object, processes: int | None = None
+) -> Iterator[Callable[[Callable[[Any, _In], _Out], Sequence[_In]], list[_Out]]]:
     """Give a function that calls ``function(shared, task)`` for every task and returns the results in their order.
 
     ``processes``: as many as there are cores by default; with one, everything happens here. Functions are module-level ones.

@@ -103,10 +103,8 @@ def goal_of(work: Work) -> str:
 
 def differ(a: Sequence[Simulated], b: Sequence[Simulated], goal: str) -> judge.Verdict:
     """Compare two ratios over the same seeds, by the paired t-test of `pdbench compare`."""
-    sides = [
-        [judge.Run(seed, {goal: run.figures[goal]}, seed, b"") for seed, run in enumerate(runs)] for runs in (a, b)
-    ]
-    return judge.judge(*sides, [goal])
+    ours, theirs = ([judge.Run(seed, {goal: run.figures[goal]}, seed, b"") for seed, run in enumerate(runs)] for runs in (a, b))
+    return judge.judge(ours, theirs, [goal])
 
 
 def ranked(layouts: Sequence[Layout], runs: Mapping[int, Sequence[Simulated]], goal: str) -> list[Ranked]:
@@ -141,6 +139,7 @@ def _apart(found: judge.Difference) -> bool:
 
 def with_gains(each: Ranked, faster: Mapping[str, Sequence[Simulated]], goal: str) -> Ranked:
     """Return a ratio with what moves it; ``faster``: stage -> its runs with that stage faster, by seed."""
+
     def change(figure: str) -> dict[str, Estimate]:
         before = [run.figures[figure] for run in each.runs]
         return {

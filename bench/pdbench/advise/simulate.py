@@ -137,10 +137,8 @@ def simulate(
     # Of the lists: workers that join later are watched by whoever lets them join.
     watches = {role: [Watch(w) for w in getattr(made, role)] for role in ("prefill", "decode", "aggregated")}
     run = Simulation(made)
-    if given.concurrency is None:
-        outcomes = run.open_loop(given.prompts)
-    else:
-        outcomes = run.closed_loop(given.prompts, given.concurrency)
+    flying = given.concurrency
+    outcomes = run.open_loop(given.prompts) if flying is None else run.closed_loop(given.prompts, flying)
     return summed(layout.gpus, outcomes, watches, given.slo)
 
 
@@ -218,7 +216,9 @@ def _stages(watches: Mapping[str, Sequence[Watch]], span: float, memory_ms: floa
         return Stage(sum(shares) / len(shares), max(shares), wait_ms, batch)
 
     # From the grant of memory to the KV's arrival, less what prefill took of it.
-    moved = wait(decoding, "decode_transferred") - sum(wait(watches["prefill"], one) for one in ("prefill_waiting", "prefill_forward"))
+    moved = wait(decoding, "decode_transferred") - sum(
+        wait(watches["prefill"], one) for one in ("prefill_waiting", "prefill_forward")
+    )
     steps = sum(one.steps for one in decoding)
     held = [one.held / max(one.prefill + one.decode, 1e-9) for one in decoding]
     return {

@@ -7,7 +7,6 @@ Writes DIR/study.json and DIR/study.png and prints the tables of docs/results/dy
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ AGGREGATED, CONTROLLER, ORACLE = "aggregated", "controller", "oracle"
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What all runs share: ``workers`` of ``gpus`` GPUs each, limits in ms. Known by itself, so that what is made of it is kept."""
+    """What all runs share: ``workers`` of ``gpus`` GPUs each, limits in ms. Equal to itself alone: a key for what is kept."""
 
     profile: Profile
     workers: int
@@ -192,7 +191,9 @@ def _parser() -> Parser:
     p.add_argument("--workers", type=int, default=8, metavar="N", help="default: %(default)s")
     p.add_argument("--gpus", type=int, default=1, metavar="N", help="of a worker (default: %(default)s)")
     p.add_argument("--trace", type=Path, metavar="FILE", help="a Mooncake trace; without it, the day only")
-    p.add_argument("--day", type=float, default=120.0, metavar="S", help="seconds of an hour of the day; 0: no day (default: 120)")
+    p.add_argument(
+        "--day", type=float, default=120.0, metavar="S", help="seconds of an hour of the day; 0: no day (default: 120)"
+    )
     p.add_argument("--loads", default="0.6,0.75,0.9", metavar="L[,L]", help="share of the workers' time (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     p.add_argument("--slo-ttft-ms", type=float, default=2000.0, metavar="MS", help="default: %(default)s")

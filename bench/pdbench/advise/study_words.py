@@ -58,7 +58,9 @@ def highest(found: Sequence[Run], source: str, policy: str) -> float:
     shares = [met(found, source, load, policy).mean for load in loads]
     if shares[0] < ENOUGH:
         return math.nan
-    for (low, above), (high, below) in zip(zip(loads, shares, strict=True), zip(loads[1:], shares[1:], strict=True), strict=False):
+    for (low, above), (high, below) in zip(
+        zip(loads, shares, strict=True), zip(loads[1:], shares[1:], strict=True), strict=False
+    ):
         if below < ENOUGH:
             return low + (high - low) * (above - ENOUGH) / (above - below)
     return math.inf
@@ -74,7 +76,10 @@ def words(found: Sequence[Run]) -> str:
     for source in dict.fromkeys(run.source for run in found):
         loads = sorted({run.load for run in found if run.source == source})
         lines += [f"### {source}: % of requests within the limits (95 % interval over seeds)", ""]
-        lines += ["| policy | " + " | ".join(f"load {load:g}" for load in loads) + " | 90 % up to load |", "|---" * (len(loads) + 2) + "|"]
+        lines += [
+            "| policy | " + " | ".join(f"load {load:g}" for load in loads) + " | 90 % up to load |",
+            "|---" * (len(loads) + 2) + "|",
+        ]
         for policy in [*fixed(found), "aggregated", "controller", "oracle"]:
             cells = []
             for load in loads:
@@ -83,7 +88,10 @@ def words(found: Sequence[Run]) -> str:
             top = highest(found, source, policy)
             reach = "never" if math.isnan(top) else "all" if math.isinf(top) else f"{top:.2f}"
             lines.append(f"| {policy} | {' | '.join(cells)} | {reach} |")
-        lines += ["", "| load | best fixed | controller − best fixed | oracle − best fixed | changes of the controller, s each | of the oracle |"]
+        lines += [
+            "",
+            "| load | best fixed | controller − best fixed | oracle − best fixed | its changes, s each | the oracle's |",
+        ]
         lines.append("|---|---|---|---|---|---|")
         for load in loads:
             best = best_fixed(found, source, load)

@@ -101,7 +101,9 @@ def _layout(cluster: planning.Cluster, of_host: Mapping[str, str], ratio: ratios
         made = of_plan(planner.make(), of_host.__getitem__)
         odd = {way for row in made.ways for way in row} - set(profile.TRANSPORTS)
         if odd:
-            raise ProfileError(f"{ratio}: the KV cache would go by {odd.pop()}, and profiles know {', '.join(profile.TRANSPORTS)}")
+            raise ProfileError(
+                f"{ratio}: the KV cache would go by {odd.pop()}, and profiles know {', '.join(profile.TRANSPORTS)}"
+            )
         return made
     if len(planner.worker_hosts) > 1:
         raise UserError(

@@ -389,9 +389,11 @@ class Worker:
         if holding >= self.limits.max_running:
             return
         reserved = self.limits.reserved
-        lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
-        retractable = sum(r.context for r in self._running)
-        room = self._free() - max(reserved * holding, lone - retractable)
+        least, retractable = reserved * holding, self._context
+        if least < CLIP_MAX_NEW_TOKENS:  # what a lone request lacks is never more than that
+            lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
+            least = max(least, lone - retractable)
+        room = self._free() - least
         while self._retracted and holding < self.limits.max_running:
             request = self._retracted[0]
             if request.context + reserved > room and holding:
@@ -403,7 +405,12 @@ class Worker:
             self._take(request.own)
             self._set(request, "ready")
             self._ready.append(request)
-        for request in [r for r in self._prealloc if r.matched]:
+        waiting, place = self._prealloc, 0
+        while place < len(waiting):
+            request = waiting[place]
+            if not request.matched:
+                place += 1
+                continue
             if holding >= self.limits.max_running:
                 return
             whole = request.prompt_tokens + min(request.output_tokens, CLIP_MAX_NEW_TOKENS)
@@ -412,7 +419,7 @@ class Worker:
                 return
             room -= request.prompt_tokens + reserved
             holding += 1
-            self._prealloc.remove(request)
+            del waiting[place]
             request.own = request.prompt_tokens
             self._take(request.own)
             request.queued = now

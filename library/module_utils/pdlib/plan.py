@@ -206,7 +206,9 @@ class Planner:
         """Return the ratios that use the inventory's GPUs as far as they go, and aggregated workers on as many."""
         shared = [name for name in self.worker_hosts if self.inputs.hosts[name]["gpus_shared"]]
         if shared:
-            raise UserError(f"host {shared[0]}: gpus_shared is set: how workers that share a GPU slow each other down is not known")
+            raise UserError(
+                f"host {shared[0]}: gpus_shared is set: how workers that share a GPU slow each other down is not known"
+            )
         return fullest_ratios(self.shape, [self._host(name) for name in self.worker_hosts])
 
     def check_fits(self) -> None:

@@ -53,7 +53,13 @@ def _table() -> Dict[str, Variable]:
     v = Variable
     rows = [
         # -- the deployment
-        v("ratio", "str", "1p1d", CLUSTER, "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`; for `bench.yml`, `auto`, too."),
+        v(
+            "ratio",
+            "str",
+            "1p1d",
+            CLUSTER,
+            "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`; for `bench.yml`, `auto`, too.",
+        ),
         v("engine", "str", "sglang", CLUSTER, "The engine; `emulated` needs no GPU and says so everywhere."),
         v("engine_version", "str", None, CLUSTER, "The engine's version; not set: the engine's default."),
         v("model", "str", None, CLUSTER, "Model path or hub name, as the engine takes it."),
