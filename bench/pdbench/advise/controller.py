@@ -86,8 +86,8 @@ def wish(rule: Rule, observed: Observed) -> Move | None:
     """Return which role should get a worker of the other, by this window alone; None when neither should.
 
     What a role would have without one worker: the same load on fewer. Decode's pressure grows by n / (n - 1), its latency by
-    less, as steps have a fixed part: so it errs towards staying. A queue in front of prefill has no such law: to give a worker, it
-    must be all but empty.
+    less, as steps have a fixed part: so it errs towards staying. A queue in front of prefill has no such law: to give a worker,
+    it must be all but empty.
     """
     prefill, decode = pressures(rule, observed)
     if prefill > rule.high and observed.decode > 1 and decode * observed.decode / (observed.decode - 1) < rule.low:
