@@ -75,11 +75,11 @@ class ActionModule(ActionBase):
                 str(folder),
             ]
             command += ["-l", limit] if limit else []
-            code = self._stream(command + [word for name in profiles for word in ("--profile", name)])
+            code, last = self._stream(command + [word for name in profiles for word in ("--profile", name)])
         if code == 3:
             raise UserError(f"ratio=auto: not all runs are valid ({folder / 'sweep'})")
         if code:
-            raise UserError("ratio=auto: no ratio was chosen; the lines above say why")
+            raise UserError(f"ratio=auto: no ratio was chosen: {last or 'the lines above say why'}")
         return {"changed": True, "folder": str(folder)}
 
     @staticmethod
@@ -87,8 +87,8 @@ class ActionModule(ActionBase):
         return sys.executable if importlib.util.find_spec("pdbench") else str(ROOT / ".venv" / "bin" / "python")
 
     @staticmethod
-    def _stream(command: list[str]) -> int:
-        """Run a command, show its lines as they come; one that is left behind is ended."""
+    def _stream(command: list[str]) -> tuple[int, str]:
+        """Run a command, show its lines as they come, return exit code and last line; one that is left behind is ended."""
         # The plays and the package of this checkout, whichever is installed.
         env = {**os.environ, "PYTHONPATH": str(ROOT / "bench"), "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(
@@ -96,9 +96,11 @@ class ActionModule(ActionBase):
         )
         assert child.stdout
         try:
+            last = ""
             for line in child.stdout:
                 display.display(line.rstrip("\n"))
-            return child.wait()
+                last = line.strip() or last
+            return child.wait(), last
         finally:
             if child.poll() is None:
                 child.terminate()
