@@ -13,7 +13,7 @@ from pdbench.advise.say import GOALS
 from pdbench.report.draw import drawn
 from pdbench.report.look import BLUE, LIGHT
 
-NOTE = "a prediction by simulation; bars: mean over seeds, whiskers: 95 % interval; dark: not shown to differ, by seed, from the best"
+NOTE = "a prediction; bars: mean over seeds, whiskers: 95 % interval; dark: not shown to differ, seed by seed, from the best"
 
 
 def picture(order: Sequence[Ranked], goal: str, title: str) -> bytes:
