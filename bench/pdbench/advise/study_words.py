@@ -126,7 +126,15 @@ def _panel(ax: Axes, found: Sequence[Run], source: str) -> None:
     loads = sorted({run.load for run in found if run.source == source})
     for number, policy in enumerate(fixed(found)):
         shares = [met(found, source, load, policy).mean * 100 for load in loads]
-        ax.plot(loads, shares, color=LIGHT.faint, linewidth=0.9, marker=".", alpha=0.7, label="every fixed ratio" if number == 0 else None)
+        ax.plot(
+            loads,
+            shares,
+            color=LIGHT.faint,
+            linewidth=0.9,
+            marker=".",
+            alpha=0.7,
+            label="every fixed ratio" if number == 0 else None,
+        )
     for name, colour in _COLOURS.items():
         each = [met(found, source, load, best_fixed(found, source, load) if name == "best fixed" else name) for load in loads]
         high = [max(0.0, (one.high - one.mean) * 100) for one in each]
