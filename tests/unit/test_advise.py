@@ -194,6 +194,9 @@ def test_pictures_and_json_of_a_ranking() -> None:
     assert picture(order, "goodput_per_gpu", "title").startswith(b"\x89PNG")
     made = say.to_json(order, "goodput_per_gpu", {}, {"tiny": TINY}, LIMITS)
     assert json.loads(json.dumps(made, allow_nan=False))["ratios"][0]["gains"].keys() == set(STAGES)
+    plain = advised(split(3), works(load("300", "10", 20, concurrency=4), 3), {"tiny": TINY}, 1)
+    without = say.to_json(plain, "output_throughput_per_gpu", {}, {"tiny": TINY}, Slo())
+    assert json.loads(json.dumps(without, allow_nan=False))["ratios"][0]["figures"]["goodput_per_gpu"]["mean"] is None
     assert "chosen" in say.grounds(TINY)
     assert "goodput/s/GPU" in say.table(order, "goodput_per_gpu")
 

@@ -47,7 +47,9 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return mean and interval of independent values; without a second one the interval is unbounded."""
+    """Return mean and interval of independent values; without a second one the interval is unbounded. NaN gives NaN."""
+    if any(map(math.isnan, values)):
+        return Estimate(math.nan, math.nan, math.nan)
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Estimate(mean, -math.inf, math.inf)
