@@ -42,7 +42,8 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
-REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py sweep_plays.py)
+REAL_TOO := $(addprefix tests/local/test_,auto.py other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
+	sweep_plays.py profile.py advise_verbs.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "fit": ("pdbench.fit.cli", "report", "the performance model's figures from measured runs, with the error on runs kept out"),
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
+    "advise": ("pdbench.advise.cli", "report", "which ratio to deploy, by simulation; how wrong such predictions were"),
     "compare": ("pdbench.compare.cli", "report", "whether two configurations differ, by how much, and how sure that is"),
     "import": (
         "pdbench.importing.cli",

@@ -53,7 +53,13 @@ def _table() -> Dict[str, Variable]:
     v = Variable
     rows = [
         # -- the deployment
-        v("ratio", "str", "1p1d", CLUSTER, "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`."),
+        v(
+            "ratio",
+            "str",
+            "1p1d",
+            CLUSTER,
+            "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`; for `bench.yml`, `auto`, too.",
+        ),
         v("engine", "str", "sglang", CLUSTER, "The engine; `emulated` needs no GPU and says so everywhere."),
         v("engine_version", "str", None, CLUSTER, "The engine's version; not set: the engine's default."),
         v("model", "str", None, CLUSTER, "Model path or hub name, as the engine takes it."),
@@ -428,6 +434,13 @@ def _table() -> Dict[str, Variable]:
             choices=("pdbench", "sglang", "vllm"),
         ),
         # -- verbs
+        v(
+            "advise_profile",
+            "list",
+            [],
+            VERB,
+            "How fast the GPUs are, for `bench.yml -e ratio=auto`: a profile by name or file, or `HOST=PROFILE,HOST=PROFILE`.",
+        ),
         v("run_label", "str", "", VERB, "Words for the run's folder name and report."),
         v("results_dir", "str", "results", VERB, "Where runs go on the controller, relative to the checkout."),
         v(
