@@ -22,7 +22,8 @@ REPO = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MODULES = sorted(path.stem for path in (REPO / "library").glob("*.py"))
 ACTIONS = sorted(path.stem for path in (REPO / "plugins" / "action").glob("*.py"))
-ROLES = sorted(path.name for path in (REPO / "roles").iterdir() if path.is_dir())
+#: one without tasks (pd) only names variables
+ROLES = sorted(path.parent.name for path in (REPO / "roles").glob("*/tasks"))
 #: what Ansible itself sets, as far as roles use it
 MAGIC = {"hostvars", "inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts"}
 

@@ -25,7 +25,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         }
 
     made = {"engine": "sglang", "ratio": "1p1d", "emulated": False}
-    made["workers"] = [worker("prefill", "n1", [0], {}), worker("decode", "n2", [0, 1], {})]  # type: ignore[assignment]
+    made["workers"] = [worker("prefill", "n1", [0], {}), worker("decode", "n2", [0, 1], {})]
     return {**made, **changes}
 
 

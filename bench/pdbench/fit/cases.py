@@ -63,7 +63,7 @@ def read(folder: Path) -> list[Case]:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         verdict = json.loads((folder / "validity.json").read_text(encoding="utf-8"))
-        rows = pq.read_table(folder / "requests.parquet").to_pylist()  # type: ignore[no-untyped-call]
+        rows = pq.read_table(folder / "requests.parquet").to_pylist()
         if not verdict["valid"]:
             raise LoadError(f"{folder}: the run is INVALID (validity.json), and nothing is fitted to it")
         workers = _workers(plan)

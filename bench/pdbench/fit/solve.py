@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,8 @@ def values_of(profile: Profile, transport: str) -> dict[str, float]:
 
 def with_values(profile: Profile, values: Mapping[str, float], transport: str) -> Profile:
     """Return the profile with these figures."""
-    engine = replace(profile.engine, **{name: value for name, value in values.items() if name != "latency_ms"})
+    figures: dict[str, Any] = {name: value for name, value in values.items() if name != "latency_ms"}
+    engine = replace(profile.engine, **figures)
     ways = dict(profile.transports)
     ways[transport] = replace(ways[transport], latency_ms=values["latency_ms"])
     return replace(profile, engine=engine, transports=ways)
