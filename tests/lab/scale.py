@@ -228,6 +228,12 @@ def page(costs: list[Cost]) -> str:
         "ours, one `ping`), every host compiles the module that it is sent, and ours read facts, units and processes where ping "
         "reads nothing."
     )
+    once = sorted({cost.hosts for cost in costs if cost.command == "no change" and cost.runs == 1})
+    if once:
+        why += (
+            f"\n\n**{', '.join(map(str, once))} hosts: one run each, right after the deploy and not at rest**, with other work on "
+            "the machine during the deploy and briefly during the no-op: read these rows as upper bounds."
+        )
     picture = "![wall time and CPU against hosts](deploy-scale.png)"
     title = "# What a deployment costs as hosts are added\n\n    make bench-deploy"
     return "\n\n".join([title, about, why, picture, head + "".join(rows)])
