@@ -231,7 +231,7 @@ def page(costs: list[Cost]) -> str:
     once = sorted({cost.hosts for cost in costs if cost.command == "no change" and cost.runs == 1})
     if once:
         why += (
-            f"\n\n**{', '.join(map(str, once))} hosts: one run each, right after the deploy and not at rest**, with other work on "
+            f"\n\n**{', '.join(map(str, once))} hosts: one run each, right after the deploy, not at rest**, with other work on "
             "the machine during the deploy and briefly during the no-op: read these rows as upper bounds."
         )
     picture = "![wall time and CPU against hosts](deploy-scale.png)"
