@@ -183,7 +183,8 @@ class ActionModule(ActionBase):
                 # Ranks of one worker come from several hosts.
                 shutil.copytree(worker, folder / "traces" / worker.name, dirs_exist_ok=True)
             if come:
-                shutil.rmtree(come)
+                # A host none of whose workers wrote a trace sends an empty archive.
+                shutil.rmtree(come, ignore_errors=True)
         read = self._pdbench(["traces", str(folder)])
         display.display("\n" + read.stdout.rstrip() + f"\n\ntraces and figures: {folder}\n")
         if read.returncode:

@@ -62,6 +62,9 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
         if len({trace.rank for trace in found}) < expected:
             have = ", ".join(sorted({trace.rank for trace in found})) or "none"
             problems.append(f"{name} has {expected} rank{'s' if expected > 1 else ''}, and traces came of: {have}")
+        if name in profile.get("cut_short", []) and not any(trace.steps_ms for trace in found):
+            asked = f"{name} recorded none of {_asked(profile)} steps"
+            problems.append(f"{asked}: the load was over; send more requests, or longer prompts")
         workers[name] = {
             "ranks": expected,
             "gathered": profile.get("gathered", {}).get(name),
