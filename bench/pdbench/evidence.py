@@ -25,6 +25,7 @@ import aiohttp
 from pdbench.engines import Engine, engine
 from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
+from pdbench.reading import json_of
 from pdbench.records import replacing
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
@@ -71,7 +72,7 @@ class Deployment:
 def read_plan(path: Path) -> Deployment:
     """Read plan.json; raise LoadError with what is wrong."""
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json_of(path.read_text(encoding="utf-8"))
         workers = plan["workers"]
         by_name = {str(worker["name"]): worker for worker in workers}
         return Deployment(
@@ -174,7 +175,7 @@ class Evidence:
 
     async def _unprofiled(self, url: str, path: str) -> str:
         try:
-            info = json.loads(await self._text(f"{url}/server_info"))
+            info = json_of(await self._text(f"{url}/server_info"))
         except (_Silent, ValueError):
             return "unknown"
         if not isinstance(info, dict) or "profiling" not in info:

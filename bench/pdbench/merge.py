@@ -8,7 +8,6 @@ run as a whole is as late, as slow and as busy as the worst of them.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, cast
 
 from pdbench.gate.rundata import CLIENTS, SELFCHECK
 from pdbench.metrics import Stats
+from pdbench.reading import json_of
 from pdbench.records import Record, read_parquet, write_json
 from pdbench.run.folder import Folder, read_setup
 from pdbench.run.share import SHARE
@@ -147,7 +147,7 @@ def read_part(path: Path) -> Part:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json_of(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise TypeError(f"{path.name} is no JSON object")
     return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pdbench.engines import Engine, engine
+from pdbench.reading import json_of
 from pdbench.records import MEASURE, Record, read_parquet
 from pdbench.run.summary import Bounds
 
@@ -208,7 +208,7 @@ def _logs(folder: Path) -> dict[str, str]:
 
 def _json(folder: Path, name: str, problems: dict[str, str]) -> Json:
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json_of((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems[name] = "missing"
     except (OSError, ValueError) as why:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import aiohttp
 
 from pdbench.load.errors import LoadError
+from pdbench.reading import json_of
 
 #: seconds for an answer of a worker whose scheduler does not sleep
 ANSWER_S = 30.0
@@ -31,7 +31,7 @@ def read(path: Path, role: str, profile_id: str) -> tuple[Target, ...]:
     Traces go below the unit's working directory, which the engine may write and a container has, too.
     """
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json_of(path.read_text(encoding="utf-8"))
         found = []
         for worker in plan["workers"]:
             if worker["role"] != role:

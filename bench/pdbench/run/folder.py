@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import cast
 
 from pdbench.load.errors import LoadError
 from pdbench.metrics import Slo
+from pdbench.reading import json_of
 from pdbench.records import Record, read_jsonl, write_json, write_parquet
 from pdbench.run.digest import to_record
 from pdbench.run.spool import clear, leftover
@@ -146,7 +146,7 @@ def _digest_leftover(folder: Folder) -> None:
 def _read_evidence(path: Path) -> dict[int, Json]:
     """Return the points of evidence.json by number; none where the file is not there or not whole."""
     try:
-        return {entry["point"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["points"]}
+        return {entry["point"]: entry for entry in json_of(path.read_text(encoding="utf-8"))["points"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -154,7 +154,7 @@ def _read_evidence(path: Path) -> dict[int, Json]:
 def read_setup(path: Path) -> Setup:
     """Return what run.json says; raise ValueError when it is none."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json_of(path.read_text(encoding="utf-8"))
         raw.pop("schema")
         return Setup(**{**raw, "slo": Slo(**raw["slo"]), "bounds": Bounds(**raw["bounds"])})
     except OSError as why:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import pandas as pd
 
 from pdbench.gate.rundata import EVIDENCE, PLAN, PROGRESS, REQUESTS, SUMMARY, NotARun, Point, RunData, summary_points
+from pdbench.reading import json_of
 from pdbench.records import MEASURE, replacing
 from pdbench.report.words import gpus as gpus_of
 from pdbench.report.words import verdict
@@ -159,7 +160,7 @@ def _typed(found: pd.DataFrame) -> pd.DataFrame:
 
 def _spec(sweep: Path) -> Json:
     try:
-        spec = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
+        spec = json_of((sweep / SWEEP).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotARun(f"{sweep} is not the folder of a sweep: it has no {SWEEP}") from None
     except (OSError, ValueError) as why:
@@ -274,7 +275,7 @@ def _begin(folder: Path, manifest: Json) -> datetime | None:
 
 def _json(path: Path, problems: list[str]) -> Json:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
     except (OSError, ValueError) as why:
