@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from pdbench import shapes
 from pdbench.engines import Engine, engine
 from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
@@ -73,6 +74,8 @@ def read_plan(path: Path) -> Deployment:
     """Read plan.json; raise LoadError with what is wrong."""
     try:
         plan = json_of(path.read_text(encoding="utf-8"))
+        if fault := shapes.wrong(plan, shapes.PLAN):
+            raise ValueError(fault)
         workers = plan["workers"]
         by_name = {str(worker["name"]): worker for worker in workers}
         return Deployment(
@@ -87,7 +90,7 @@ def read_plan(path: Path) -> Deployment:
         )
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as why:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as why:
         raise LoadError(f"{path} is no plan.json as `plan.yml` writes it: {type(why).__name__} {why}") from None
 
 

@@ -29,7 +29,7 @@ def once(name: str, number: int, examples: int) -> str:
 
     try:
         tried()
-    except Exception:
+    except (Exception, SystemExit):
         lines = traceback.format_exc(limit=-8).splitlines()
         return "\n".join(line if len(line) <= 400 else f"{line[:400]}... ({len(line)} characters)" for line in lines)
     return ""
@@ -58,9 +58,9 @@ def main() -> int:
                 bad.add(name)
                 print(f"\n{name}, --seed {args.seed + rounds} --only {name}:\n{wrong}", flush=True)
         rounds += 1
-    tried = rounds * args.examples * len(names)
+    tried, said = rounds * args.examples * len(names), ", ".join(sorted(bad)) or "none"
     print(
-        f"seed {args.seed}: {rounds} rounds, about {tried} inputs of {len(names)} surfaces; failed: {', '.join(sorted(bad)) or 'none'}"
+        f"seed {args.seed}: {rounds} rounds, about {tried} inputs of {len(names)} surfaces; failed: {said}"
     )
     return 1 if bad else 0
 

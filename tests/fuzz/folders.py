@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hypothesis import strategies as st
+from unit.gate_faults import calibrate
 from unit.runfolder import good
 
 from fuzz import law
 from fuzz.damage import as_json, spoiled, torn
 from pdbench.evidence import read_plan
+from pdbench.fit import cases
 from pdbench.load.errors import LoadError
 from pdbench.profiling import targets
 from pdbench.run.folder import recover
@@ -39,7 +41,7 @@ def pristine(kind: str = "run") -> Path:
         (folder / "sweep.json").write_bytes(as_json(spec))
         return folder
     made = good("1p1d", concurrency=(2,), num_requests=6, chunks=3, isl=8)
-    made.selfcheck = {"schema": 1, "ok": True, "points": []}
+    calibrate(made)
     made.write(folder)
     if kind == "killed":
         for name in ("requests.parquet", "summary.json"):
@@ -128,7 +130,7 @@ def export(data: st.DataObject) -> None:
 def fit(data: st.DataObject) -> None:
     """A damaged run for the performance model's figures."""
     with damaged(data, "run", (*JSON, "requests.parquet")) as folder:
-        law.command(["fit", folder, "--profile", "tiny", "--output", folder / "fitted.yml"], (0, 1, 2, 3))
+        law.read(lambda: [case for run in cases.runs(folder) for case in cases.read(run)], LoadError, "folder")
 
 
 def recovered(data: st.DataObject) -> None:

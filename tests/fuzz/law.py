@@ -63,7 +63,10 @@ def command(argv: Sequence[str | Path], codes: Sequence[int], *named: str) -> tu
     """Run a `pdbench` verb in this process; return its exit code and what it wrote to stdout and to stderr."""
     out, err = io.StringIO(), io.StringIO()
     with ends(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in argv])
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as stop:  # argparse, which has said what is wrong
+            raise BrokenLawError(f"the options are not as the verb wants them: {err.getvalue()}") from stop
     said = err.getvalue()
     if code not in codes:
         raise BrokenLawError(f"exit code {code}, not one of {codes}: {said}")

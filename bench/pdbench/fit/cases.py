@@ -72,7 +72,7 @@ def read(folder: Path) -> list[Case]:
         return [_case(folder, number, point, plan, workers, said, rows) for number, point in enumerate(points)]
     except OSError as why:
         raise LoadError(f"{folder} is no folder of a judged run: {why.filename}: {why.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as why:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as why:
         if isinstance(why, LoadError):
             raise
         raise LoadError(f"{folder} is no run that can be read: {type(why).__name__} {why}") from None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from pdbench import shapes
 from pdbench.load.errors import LoadError
 from pdbench.metrics import Slo
 from pdbench.reading import json_of
@@ -126,7 +127,7 @@ def recover(path: Path) -> tuple[Setup, Json]:
         _digest_leftover(folder)
         summary = folder.finish(setup, {}, ["recovered: the run was broken off, what it had recorded is kept"])
         write_json(folder.progress, _stopped(summary))
-    except ValueError as why:
+    except (ValueError, TypeError, KeyError, OverflowError) as why:
         raise LoadError(f"{path} cannot be recovered: {why}") from None
     return setup, summary
 
@@ -155,6 +156,8 @@ def read_setup(path: Path) -> Setup:
     """Return what run.json says; raise ValueError when it is none."""
     try:
         raw = json_of(path.read_text(encoding="utf-8"))
+        if fault := shapes.wrong(raw, shapes.SETUP):
+            raise TypeError(fault)
         raw.pop("schema")
         return Setup(**{**raw, "slo": Slo(**raw["slo"]), "bounds": Bounds(**raw["bounds"])})
     except OSError as why:
