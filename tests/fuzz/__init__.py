@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fuzz import files, folders, wires
+from fuzz import files, folders, planning, wires
 
 #: what `make test` tries a little of
-QUICK = {**files.SURFACES, **wires.SURFACES, **folders.SURFACES}
+QUICK = {**planning.SURFACES, **files.SURFACES, **wires.SURFACES, **folders.SURFACES}
 SURFACES = {**QUICK, **folders.SLOW}

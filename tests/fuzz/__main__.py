@@ -59,9 +59,7 @@ def main() -> int:
                 print(f"\n{name}, --seed {args.seed + rounds} --only {name}:\n{wrong}", flush=True)
         rounds += 1
     tried, said = rounds * args.examples * len(names), ", ".join(sorted(bad)) or "none"
-    print(
-        f"seed {args.seed}: {rounds} rounds, about {tried} inputs of {len(names)} surfaces; failed: {said}"
-    )
+    print(f"seed {args.seed}: {rounds} rounds, about {tried} inputs of {len(names)} surfaces; failed: {said}")
     return 1 if bad else 0
 
 

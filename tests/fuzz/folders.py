@@ -130,7 +130,7 @@ def export(data: st.DataObject) -> None:
 def fit(data: st.DataObject) -> None:
     """A damaged run for the performance model's figures."""
     with damaged(data, "run", (*JSON, "requests.parquet")) as folder:
-        law.read(lambda: [case for run in cases.runs(folder) for case in cases.read(run)], LoadError, "folder")
+        law.read(lambda: cases.read(folder), LoadError, "folder")
 
 
 def recovered(data: st.DataObject) -> None:

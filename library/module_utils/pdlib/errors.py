@@ -6,7 +6,6 @@ import difflib
 import re
 from typing import Iterable, Optional
 
-
 #: a word that nobody reads to its end; lists of hosts have commas
 _LONG_WORD = re.compile(r"[^\s,]{1000,}")
 
