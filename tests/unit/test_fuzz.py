@@ -31,15 +31,6 @@ FEW = {
     **dict.fromkeys(("good_spellings", "export", "merged"), 4),
     **{"import_command": 3, "compare": 2, "compare_sweep": 2},
 }
-    "inventory": 12,
-    "extra_vars": 12,
-    "import_command": 3,
-    "compare": 2,
-    "compare_sweep": 2,
-    "export": 4,
-    "merged": 4,
-    "good_spellings": 4,
-}
 HOST = {"engine": "emulated", "address": "127.0.0.1", "gpus": 2, "rdma_fabric": "none", "service_manager": "systemd"}
 
 
