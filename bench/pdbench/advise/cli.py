@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pdbench.load.errors import LoadError
 from pdbench.load.requests import Load
 from pdbench.metrics import Slo
 from pdbench.model.profile import Profile, ProfileError, load, shipped
+from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.run import load_options
 from pdbench.run.load_options import above_zero, at_least, with_load_file
@@ -121,7 +121,7 @@ def extra(given: Sequence[str]) -> Json:
                 found.update(dict(importlib.import_module("yaml").safe_load(Path(text[1:]).read_text(encoding="utf-8"))))
                 continue
             if text.startswith("{"):
-                found.update(json.loads(text))
+                found.update(json_of(text))
                 continue
         except (OSError, ValueError, TypeError) as why:
             raise errors.UserError(f"-e {text}: {why}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pdbench.load.errors import LoadError
 from pdbench.profiling import targets
 from pdbench.profiling.targets import Target
 from pdbench.profiling.trace import TraceError, read
+from pdbench.reading import json_of
 from pdbench.records import write_json
 
 Json = dict[str, Any]
@@ -103,7 +103,7 @@ def _asked(profile: Mapping[str, Any]) -> int:
 
 def _json(path: Path) -> Json:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}
