@@ -22,18 +22,22 @@ def pinned(text: str) -> list[str]:
     return list(dict.fromkeys(f"{match[1].lower()}=={match[2]}" for match in found if match))
 
 
-def vulnerable(told: str) -> list[str]:
-    """Return a line for every vulnerability in pip-audit's JSON; raise ValueError when it is none."""
+def vulnerable(told: str) -> tuple[list[str], list[str]]:
+    """Return a line for every vulnerability in pip-audit's JSON, and why packages were skipped; raise ValueError for no JSON."""
     lines = []
-    for one in json.loads(told)["dependencies"]:
+    rows = json.loads(told)["dependencies"]
+    for one in rows:
         for bug in one.get("vulns", []):
             fixed = f"; mended in {', '.join(bug['fix_versions'])}" if bug.get("fix_versions") else ""
             lines.append(f"{one['name']} {one['version']}: {bug['id']}{fixed}")
-    return lines
+    return lines, [str(one["skip_reason"]) for one in rows if one.get("skip_reason")]
 
 
-def audit(program: Path, lock: Path, options: list[str]) -> list[str]:
-    """Return the vulnerabilities of one lock; raise RuntimeError with the reason when they could not be looked up."""
+def audit(program: Path, lock: Path, options: list[str]) -> tuple[list[str], list[str]]:
+    """Return the vulnerabilities of one lock, and why packages were skipped.
+
+    Raise RuntimeError with the reason when nothing could be looked up: a mirror of packages knows no vulnerabilities.
+    """
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder) / "requirements.txt"
         wanted.write_text("".join(f"{line}\n" for line in pinned(lock.read_text())))
@@ -51,7 +55,10 @@ def audit(program: Path, lock: Path, options: list[str]) -> list[str]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     try:
-        return vulnerable(done.stdout)
+        found, skipped = vulnerable(done.stdout)
+        if skipped and len(skipped) >= len(pinned(lock.read_text())):
+            raise RuntimeError(skipped[0])
+        return found, skipped
     except (ValueError, KeyError, TypeError):
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]) from None
 
@@ -67,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     absent = [lock.name for lock in locks if not lock.is_file()]
     if absent:
         parser.error(f"requirements/ has no {absent[0]}")
-    bad = 0
+    bad = left = 0
     for lock in (lock for lock in locks if pinned(lock.read_text())):
         try:
-            found = audit(args.program, lock, args.options)
+            found, skipped = audit(args.program, lock, args.options)
         except (RuntimeError, OSError) as why:
             print(
                 f"make audit: requirements/{lock.name} could not be looked up; of it and what follows nothing is known: {why}\n"
@@ -78,9 +85,10 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return COULD_NOT
-        bad += len(found)
-        print(f"{lock.name}: {len(found) or 'nothing'} known", *found, sep="\n  ", flush=True)
-    print(f"{len(locks)} locks: {bad or 'no'} known vulnerabilities")
+        bad, left = bad + len(found), left + len(skipped)
+        unknown = [f"not looked up: {why}" for why in skipped]
+        print(f"{lock.name}: {len(found) or 'nothing'} known", *found, *unknown, sep="\n  ", flush=True)
+    print(f"{len(locks)} locks: {bad or 'no'} known vulnerabilities, {left or 'no'} packages not looked up")
     return FOUND if bad else 0
 
 

@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 TOLD = {"dependencies": [
     {"name": "a", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"]}, {"id": "GHSA-2", "fix_versions": []}]},
-    {"name": "b", "version": "2", "vulns": []}, {"name": "c", "skip_reason": "not there"},
+    {"name": "b", "version": "2", "vulns": []}, {"name": "c", "skip_reason": "c was not found"},
 ]}  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_what_is_known_is_listed(audit: ModuleType, tmp_path: Path, capsys: pyte
     fake = program(tmp_path, f"print({json.dumps(json.dumps(TOLD))}); sys.exit(1)")
     assert audit.main(["--program", str(fake), "--lock", "hub.txt"]) == 1
     said = capsys.readouterr().out
-    assert "hub.txt: 2 known\n  a 1.0: PYSEC-1; mended in 1.1\n  a 1.0: GHSA-2\n" in said
+    assert "hub.txt: 2 known\n  a 1.0: PYSEC-1; mended in 1.1\n  a 1.0: GHSA-2\n  not looked up: c was not found\n" in said
     fake = program(tmp_path, """print('{"dependencies": []}')""")
     assert audit.main(["--program", str(fake), "--lock", "hub.txt"]) == 0
 
@@ -56,6 +56,12 @@ def test_without_a_network_it_says_so(audit: ModuleType, tmp_path: Path, capsys:
     said = capsys.readouterr().err
     assert "requirements/hub.txt could not be looked up" in said
     assert "ConnectionError: no route" in said
+    every = {"dependencies": [{"name": str(n), "skip_reason": "not found on PyPI"} for n in range(99)]}
+    fake = program(tmp_path, f"print({json.dumps(json.dumps(every))})")
+    assert audit.main(["--program", str(fake), "--lock", "hub.txt"]) == 2, (
+        "a mirror knows of none"
+    )
+    assert "not found on PyPI" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         audit.main(["--lock", "no-such.txt"])
     assert refused.value.code == 2
