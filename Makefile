@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | test-real | test-sweeps | test-kv | test-faults | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test fuzz test-real test-sweeps test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -52,6 +52,15 @@ test: setup-dev
 	@mkdir -p .pd; $(MAKE) --no-print-directory lint >.pd/lint.log 2>&1 & lint=$$!; \
 	 tests=0; $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(REAL_TOO) $(SWEEPS)) || tests=$$?; \
 	 linted=0; wait $$lint || linted=$$?; cat .pd/lint.log; exit $$((tests + linted))
+
+# Known vulnerabilities of what the locks pin (asks a public service); exit code 1: some, 2: could not be looked up
+audit: setup .pd/audit/bin/pip-audit
+	$(BIN)/python tools/audit.py $(ARGS)
+
+.pd/audit/bin/pip-audit: requirements/audit.txt
+	@$(PYTHON) -m venv .pd/audit
+	@.pd/audit/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/audit.txt
+	@touch $@
 
 # Bad input for as long as one likes: it prints the seed, and of what fails the smallest input. ARGS="--seed 7 --only trace" repeats one
 fuzz: setup-dev

@@ -11,7 +11,7 @@ lock() { # NAME [OPTIONS...]
   "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-header "$@" "$name.in" -o "$name.txt"
 }
 
-for name in controller dev router-sglang-router router-smg router-vllm-router supervisor pdbench pdbench-emulate tiny-model hub yardstick-sglang yardstick-aiperf bench-sglang bench-vllm; do
+for name in controller dev router-sglang-router router-smg router-vllm-router supervisor pdbench pdbench-emulate tiny-model hub yardstick-sglang yardstick-aiperf bench-sglang bench-vllm audit; do
   lock "$name"
 done
 for version in 0.5.17 0.5.23; do

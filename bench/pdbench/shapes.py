@@ -35,7 +35,7 @@ _POINT: dict[str, Any] = {
 SUMMARY: dict[str, Any] = {**_POINT, "points": [_POINT], "not_run": [dict], "api": str, "valid": bool}
 _RANK = {"host!": str, "gpus!": [int], "unit": str, "argv": [str], "env": dict, "port": int, "bootstrap_port": int}
 PLAN: dict[str, Any] = {
-    "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
+    "workers!": [{"name!": str, "role": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
     "router": {"url": str, "metrics_url": str, "name": str, "host": str, "argv": [str]},
     "hosts": {"*": dict},

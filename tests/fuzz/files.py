@@ -42,7 +42,7 @@ LOADS: list[Any] = [
     {"isl": 32, "osl": 4, "concurrency": 2, "num_requests": 6, "conversation": {"turns": "2-3", "think": "0-1", "context": 1}},
     {"isl": 32, "osl": 4, "request_rate": 3, "duration": 2.5, "prefix_len": 16, "prefix_groups": 2, "warmup": 1},
 ]  # fmt: skip
-PROMPTS = [
+PROMPTS: list[list[Any]] = [
     [{"prompt": "one two", "output_tokens": 3}, {"prompt": "three", "output_tokens": 1}, {"prompt": "x y z", "max_tokens": 9}],
     [{"messages": [{"role": "user", "content": "a b"}], "output_tokens": 4}],
     [{"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two three"}]}],

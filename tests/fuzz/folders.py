@@ -16,6 +16,7 @@ from unit.runfolder import good
 
 from fuzz import law
 from fuzz.damage import as_json, spoiled, torn
+from pdbench.cli import main
 from pdbench.evidence import read_plan
 from pdbench.fit import cases
 from pdbench.load.errors import LoadError
@@ -49,7 +50,7 @@ def pristine(kind: str = "run") -> Path:
         (folder / "requests.jsonl").write_text("".join(record.to_line() for record in made.records))
     else:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            law.main(["gate", str(folder)])
+            main(["gate", str(folder)])
     return folder
 
 

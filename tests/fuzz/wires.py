@@ -43,7 +43,7 @@ def _chat(tokens: int) -> list[Any]:
 
 
 def _generate(tokens: int) -> list[Any]:
-    rows = [
+    rows: list[Any] = [
         {"text": " x" * (n + 1), "output_ids": [n], "meta_info": {"completion_tokens": n + 1, "prompt_tokens": 5}}
         for n in range(tokens)
     ]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fuzz import QUICK, __main__, law
+from fuzz import QUICK, SURFACES, __main__, law
 from fuzz.planning import planned
 from fuzz.wires import digested, raw
 from hypothesis import HealthCheck, Phase, given, settings
@@ -63,7 +63,7 @@ def test_the_fuzzer_prints_seed_and_smallest_input(monkeypatch: pytest.MonkeyPat
     def faulty(data: st.DataObject) -> None:
         assert data.draw(st.integers(0, 1000)) < 30
 
-    monkeypatch.setitem(__main__.SURFACES, "faulty", faulty)
+    monkeypatch.setitem(SURFACES, "faulty", faulty)
     monkeypatch.setattr("sys.argv", ["fuzz", "--minutes", "0.005", "--seed", "7", "--only", "faulty"])
     assert __main__.main() == 1
     said = capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_without_a_sound_plan_the_run_itself_says_what_it_was_told(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "has no sweep.json"), ("{", "cannot be read"), ('{"cells": [{}]}', "no list of cells")],
+    [(None, "has no sweep.json"), ("{", "cannot be read"), ('{"cells": [{}]}', "id is missing")],
 )
 def test_what_is_no_sweep_is_refused_in_one_sentence(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:
