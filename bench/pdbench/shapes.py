@@ -12,7 +12,8 @@ from typing import Any
 _STATS = {"*": float}
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 _LOADS = {
-    **dict.fromkeys(("concurrency", "num_requests", "seed", "max_isl", "max_osl", "batch"), int),
+    **dict.fromkeys(("concurrency", "num_requests", "seed", "max_isl", "max_osl"), int),
+    "batch": bool,
     **dict.fromkeys(("request_rate", "request_rate_to", "time_scale", "length_scale", "duration"), float),
     **dict.fromkeys(("isl", "osl", "arrival", "trace"), str),
 }
