@@ -79,8 +79,8 @@ class Play:
             with open(self.log or os.devnull, "a", encoding="utf-8") as log:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
-                    limit=self.limit, cmdline=" ".join([f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip)]), quiet=True, suppress_env_files=True,
-                    envvars=_environment(),
+                    limit=self.limit, cmdline=" ".join([f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip)]),
+                    quiet=True, suppress_env_files=True, envvars=_environment(),
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)
@@ -192,8 +192,8 @@ class Plays:
     def measure(self, cell: Cell, repeat: int, folder: Path) -> Ended:
         """Run `bench.yml` and put its run where it belongs.
 
-        What `deploy` has just done is not done again (the play refuses another plan than the deployed one), and pictures of single
-        runs are left to `pdbench report`: between two cells the hosts wait for the controller.
+        What `deploy` has just done is not done again (the play refuses another plan than the deployed one), and pictures of
+        single runs are left to `pdbench report`: between two cells the hosts wait for the controller.
         """
         staging = folder.with_name(f".{folder.name}")
         staging.mkdir(parents=True, exist_ok=True)
