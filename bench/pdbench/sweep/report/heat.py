@@ -54,5 +54,5 @@ def _says(found: Decision) -> str:
     names = [cell.config.label for cell in (found.leader, *found.rivals)]
     if found.state == "alone":
         return f"{names[0]}:\n{text}"
-    more = f" +{len(names) - _NAMED}" if len(names) > _NAMED else ""
+    more = f"\nor {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{text}\n" + "\n".join(names[:_NAMED]) + more
