@@ -15,6 +15,8 @@ from local.sweeping import rehearsed, start, swept
 
 from pdbench.sweep import tidy
 
+#: s, of a test: a dozen plays and more, on a machine that may have others to do
+pytestmark = pytest.mark.timeout(1800)
 #: columns of the tidy table that say how long things took, and which attempt it was: no other one may differ
 MEASURED = ("attempt", "run", "duration_s", "begin", "notes", *tidy._FLOATS, "goodput")
 TIMES = tuple(f"{metric}_{statistic}" for metric in tidy.LATENCIES for statistic in tidy.STATISTICS)

@@ -42,7 +42,7 @@ def _of(count: int, whole: int) -> str:
 
 
 def _all(count: int) -> str:
-    return "the one load" if count == 1 else f"all {count} loads"
+    return {1: "the one load", 2: "both loads"}.get(count, f"all {count} loads")
 
 
 def _many(count: int, what: str) -> str:

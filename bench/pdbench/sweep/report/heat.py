@@ -42,7 +42,8 @@ def best_map(sweep: Sweep, theme: Theme) -> Figure:
     ax.grid(visible=False)
     ax.tick_params(length=0)
     handles = [Patch(color=look(table, c, theme)["color"], label=f"{c.label} is best") for c in table.configs if c in shown]
-    handles.append(Patch(facecolor=theme.paper, edgecolor=theme.faint, hatch="////", label="not decided"))
+    if any(found.state != "best" for found in sweep.decisions):
+        handles.append(Patch(facecolor=theme.paper, edgecolor=theme.faint, hatch="////", label="not decided"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
     return figure
 
