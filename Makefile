@@ -43,9 +43,9 @@ lint: setup-dev
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
 REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
-	profile.py advise_verbs.py)
-# Whole sweeps and ratio=auto, a play for every cell: ten minutes and more, in no other target
-SWEEPS := $(addprefix tests/local/test_,sweep_plays.py auto.py)
+	profile.py advise_verbs.py sweep_plays.py)
+# More sweeps rehearsed, and ratio=auto: minutes each, in no other target
+SWEEPS := $(addprefix tests/local/test_,sweep_shipped.py auto.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev
@@ -73,9 +73,9 @@ test-real: setup-dev tiny-model
 	 tests=0; $(BIN)/pytest tests/real -o timeout=900 || tests=$$?; \
 	 others=0; wait $$too || others=$$?; cat .pd/real-too.log; exit $$((tests + others))
 
-# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, and bench.yml -e ratio=auto
+# The shipped sweeps rehearsed on the emulated engine (and one killed and resumed), and bench.yml -e ratio=auto
 test-sweeps: setup-dev
-	$(BIN)/pytest -n 2 --dist loadfile $(SWEEPS) -o timeout=1800 --durations=10
+	$(BIN)/pytest -n 2 --dist load tests/local/test_sweep_plays.py $(SWEEPS) -o timeout=1800 --durations=10
 
 # The contents of the KV cache on real SGLang, beside an aggregated server; it takes its engine from `make test-real`
 test-kv: setup-dev tiny-model

@@ -14,6 +14,7 @@ description:
 options:
   action: {description: What to do., type: str, choices: [room, unpack, report, profile], required: true}
   bench: {description: The run as pd_plan made it., type: dict, required: true}
+  draw: {description: "With C(action=report): whether plots and page are made.", type: bool, default: true}
   run: {description: "With C(action=unpack): the run's C(run_id), and how it was C(found).", type: dict}
 attributes:
   action: {support: full, description: Runs on the controller only.}
@@ -41,6 +42,7 @@ def main() -> None:
         argument_spec={
             "action": {"type": "str", "choices": ["room", "unpack", "report", "profile"], "required": True},
             "bench": {"type": "dict", "required": True},
+            "draw": {"type": "bool", "default": True},
             "run": {"type": "dict"},
         },
         supports_check_mode=True,

@@ -16,6 +16,7 @@ from typing import Any
 
 from ansible import context
 from ansible.errors import AnsibleActionFail
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -30,7 +31,7 @@ display = Display()
 class ActionModule(ActionBase):
     """`pd_results: {action: report, bench: "{{ pd_bench }}"}`; documented in library/pd_results.py."""
 
-    _VALID_ARGS = frozenset({"action", "bench", "run"})
+    _VALID_ARGS = frozenset({"action", "bench", "run", "draw"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Do the one action on the controller."""
@@ -213,7 +214,8 @@ class ActionModule(ActionBase):
         folder = results / bench["run_id"]
         self._keep(folder, bench, task_vars)
         gate = self._pdbench(["gate", str(folder), "--max-error-rate", str(bench["max_error_rate"])])
-        report = self._pdbench(["report", str(folder)])
+        drawn = boolean(self._task.args.get("draw", True))
+        report = self._pdbench(["report", str(folder)]) if drawn else None
         latest = results / "latest"
         fresh = results / ".latest"
         fresh.unlink(missing_ok=True)
@@ -222,12 +224,13 @@ class ActionModule(ActionBase):
         table = (folder / "run.log").read_text() if (folder / "run.log").exists() else ""
         table = table[table.rfind("\n\n") + 1 :] if "\n\n" in table else table
         display.display("\n" + "\n".join([table.rstrip(), "", gate.stdout.rstrip(), gate.stderr.rstrip()]))
-        if report.returncode:
+        if report and report.returncode:
             raise AnsibleActionFail(f"the report could not be made:\n{report.stderr.strip()[-2000:]}")
         compared, problem = self._peer(folder, bench)
         if compared:
             display.display("\n" + compared)
-        display.display(f"\nreport: {folder / 'report.html'}    (results/latest points to it)\n")
+        if drawn:
+            display.display(f"\nreport: {folder / 'report.html'}    (results/latest points to it)\n")
         if gate.returncode == 3:
             raise AnsibleActionFail(f"the run is INVALID (reasons above and in {folder / 'validity.json'}); its records are kept")
         if gate.returncode:

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdbench.sweep import journal
+from pdbench.sweep.checkout import ROOT
 from pdbench.sweep.drive import Ended, Sweep
-from pdbench.sweep.grid import Cell
-from pdbench.sweep.plays import Plays
+from pdbench.sweep.grid import Cell, loads
+from pdbench.sweep.plays import Play, Plays
 from pdlib.errors import UserError
 
 
@@ -195,11 +196,14 @@ def test_a_deployment_that_does_not_come_up_costs_its_cells_and_no_others(tmp_pa
     assert set(valid_runs(tmp_path)) == set(ORDER) - bad
 
 
-def test_a_cell_that_stays_bad_is_tried_as_often_as_configured_and_what_is_up_is_looked_at_again(tmp_path: Path) -> None:
-    driver = Fake(Bomb(), lambda name, *_: journal.FAILED if name == "2p1d-a" else journal.FINISHED)
+@pytest.mark.parametrize("how", [journal.FAILED, journal.INVALID])
+def test_a_cell_that_stays_bad_is_tried_as_often_as_configured_and_what_is_up_is_looked_at_again(
+    tmp_path: Path, how: str
+) -> None:
+    driver = Fake(Bomb(), lambda name, *_: how if name == "2p1d-a" else journal.FINISHED)
     session(tmp_path, driver, Bomb(), retries=2)
     events = journal.Journal(tmp_path).events
-    tries = [one["attempt"] for one in events if one["event"] == journal.FAILED and one["repeat"] == 1]
+    tries = [one["attempt"] for one in events if one["event"] == how and one["repeat"] == 1]
     assert tries == [1, 2, 3]
     assert driver.deploys.count("2p1d") == 3 + 1 + 1 + 2, "before each attempt, and before the cell after it"
     assert all((tmp_path / f"runs/2p1d-a/r1a{attempt}").is_dir() for attempt in tries), "evidence is kept"
@@ -272,3 +276,27 @@ def test_what_a_killed_attempt_had_fetched_goes_into_its_folder_and_others_load_
     assert (tmp_path / "runs/a/r1a2/summary.json").read_text() == own
     assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == ["r1a2"]
     assert (tmp_path / "left-over/20260101-000000-1p1d-a-r1a1/summary.json").is_file()
+
+
+# ---------------------------------------------------------------- the plays
+
+
+def test_what_was_just_deployed_is_not_gone_through_again_and_a_strangers_load_is_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, tuple[str, ...]]] = []
+    monkeypatch.setattr(Play, "wait", lambda self, tick: ran.append((self.playbook, tuple(self.skip))))
+    monkeypatch.setattr("pdbench.sweep.plays.inventory_path", str)
+    driver = Plays(tmp_path, None, loads(CELLS), lambda line: None)
+    for number, one in enumerate((CELLS[0], CELLS[1])):
+        folder = tmp_path / "runs" / one.id / "r1a1"
+        folder.mkdir(parents=True)
+        if not number:
+            driver.deploy(one, folder)
+        driver.measure(one, 1, folder)
+    known = ("converge", "draw")
+    assert ran == [("deploy_pd.yml", ()), ("bench.yml", known), ("bench.yml", (*known, "left_over"))]
+    # A tag that nothing has would skip nothing, and nobody would see it.
+    plays = [path.read_text() for path in (*ROOT.glob("playbooks/*.yml"), *ROOT.glob("roles/*/tasks/*.yml"))]
+    for tag in (*known, "left_over"):
+        assert any(f"tags: [{tag}]" in text or f"'{tag}' not in ansible_skip_tags" in text for text in plays)

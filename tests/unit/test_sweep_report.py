@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -144,6 +145,15 @@ def test_one_repeat_has_no_interval() -> None:
 
 
 # --- configurations and loads
+
+
+def test_an_inventory_is_named_by_its_folder_where_that_tells_it_from_the_others() -> None:
+    def labels(*paths: str) -> set[str]:
+        rows = [row("1p1d", 1.0, variables=json.dumps({"inventory": path})) for path in paths]
+        return {config.label for config in table(rows).configs}
+
+    assert labels("inventory/gh200", "inventory/a100.yml") == {"1p1d \u00b7 on gh200", "1p1d \u00b7 on a100"}
+    assert labels("x/lab", "y/lab") == {"1p1d \u00b7 on x/lab", "1p1d \u00b7 on y/lab"}
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:

@@ -78,8 +78,6 @@ class Sweep:
                     break
             else:
                 self.broken = cell.deployment if self.undeployed else ""
-                # The next cell deploys again: that starts what died.
-                self.at = ""
         self.journal.write("ended")
 
     def _next_model(self, place: int) -> Cell | None:
@@ -112,7 +110,8 @@ class Sweep:
             start = time.monotonic()
             ended = self.driver.measure(cell, repeat, self.folder / run)
             self.view.done("bench", cell, repeat, time.monotonic() - start, ended)
-            if ended.how == FAILED:
+            if ended.how != FINISHED:
+                # The next attempt deploys again: that starts what died.
                 self.at = ""
         self.journal.write(ended.how, **about, seconds=round(time.monotonic() - began, 1), why=ended.why)
         return ended.how

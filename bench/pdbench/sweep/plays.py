@@ -33,7 +33,10 @@ _TICK_S = 0.25
 
 @dataclass
 class Play:
-    """One command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words."""
+    """One command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words.
+
+    ``skip``: tags of tasks that are left out.
+    """
 
     playbook: str
     variables: Mapping[str, Any]
@@ -44,6 +47,7 @@ class Play:
     rc: int | None = None
     why: str = ""
     line: str = ""
+    skip: Sequence[str] = ()
     stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> threading.Thread:
@@ -76,8 +80,8 @@ class Play:
             with open(self.log or os.devnull, "a", encoding="utf-8") as log:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
-                    limit=self.limit, cmdline=f"-e @{given}", quiet=True, suppress_env_files=True,
-                    envvars=_environment(),
+                    limit=self.limit, cmdline=" ".join([f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip)]),
+                    quiet=True, suppress_env_files=True, envvars=_environment(),
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)
@@ -152,10 +156,12 @@ class Plays:
         self.folder, self.limit, self.loads, self.tick, self.fetched, self.steal = folder, limit, loads, tick, fetched, steal
         #: inventories on which something of ours may be up
         self.up = list(dict.fromkeys(begun))
+        #: whether nothing was measured since the last deploy: a run of somebody else's may still load the workers
+        self.fresh = True
         self.fetching: tuple[str, Play, threading.Thread] | None = None
 
-    def _play(self, playbook: str, cell: Cell, variables: Mapping[str, Any], log: Path) -> Play:
-        play = Play(playbook, variables, inventory_path(cell.inventory), self.limit, self.folder / SCRATCH, log)
+    def _play(self, playbook: str, cell: Cell, variables: Mapping[str, Any], log: Path, skip: Sequence[str] = ()) -> Play:
+        play = Play(playbook, variables, inventory_path(cell.inventory), self.limit, self.folder / SCRATCH, log, skip=skip)
         play.wait(self.tick)
         return play
 
@@ -171,7 +177,7 @@ class Plays:
         play = self._play("deploy_pd.yml", cell, given, log)
         if play.rc:
             return Ended(FAILED, play.why)
-        self.steal = False
+        self.steal, self.fresh = False, True
         return Ended()
 
     def take_down(self, log: Path, keep: str = "") -> Ended:
@@ -185,15 +191,21 @@ class Plays:
         return Ended()
 
     def measure(self, cell: Cell, repeat: int, folder: Path) -> Ended:
-        """Run `bench.yml` and put its run where it belongs."""
+        """Run `bench.yml` and put its run where it belongs.
+
+        What `deploy` has just done is not done again (the play refuses another plan than the deployed one), and pictures of
+        single runs are left to `pdbench report`: between two cells the hosts wait for the controller.
+        """
         staging = folder.with_name(f".{folder.name}")
         staging.mkdir(parents=True, exist_ok=True)
         given = {
             **cell.deploy, **cell.load, "bench_seed": seed(cell, repeat, self.loads), "results_dir": str(staging.resolve()),
             "run_label": f"{cell.id}-{folder.name}",
         }  # fmt: skip
-        play = self._play("bench.yml", cell, given, folder / "bench.log")
+        skip = ["converge", "draw"] if self.fresh else ["converge", "draw", "left_over"]
+        play = self._play("bench.yml", cell, given, folder / "bench.log", skip)
         self._collect(staging, folder)
+        self.fresh = False
         return verdict(folder, play.rc or 0, play.why)
 
     def _collect(self, staging: Path, folder: Path) -> None:

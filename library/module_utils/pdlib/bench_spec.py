@@ -40,6 +40,8 @@ def arguments(cluster: Mapping[str, Any], files: Mapping[str, str]) -> List[str]
         items += ["--verify-outputs", str(cluster["bench_verify_outputs"])]
     items += ["--stop-saturated"] if cluster["bench_stop_saturated"] else []
     items += ["--timeout", str(cluster["bench_timeout"])]
+    for flag in ("loop-lag", "lateness"):
+        items += [f"--max-{flag}-ms", str(cluster["bench_max_client_delay_ms"])]
     for flag, name in (("ttft", "bench_slo_ttft_ms"), ("tpot", "bench_slo_tpot_ms"), ("e2e", "bench_slo_e2e_ms")):
         items += [f"--slo-{flag}-ms", str(cluster[name])] if cluster[name] is not None else []
     return items

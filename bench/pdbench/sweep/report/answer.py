@@ -42,7 +42,7 @@ def _of(count: int, whole: int) -> str:
 
 
 def _all(count: int) -> str:
-    return "the one load" if count == 1 else f"all {count} loads"
+    return {1: "the one load", 2: "both loads"}.get(count, f"all {count} loads")
 
 
 def _many(count: int, what: str) -> str:
@@ -132,7 +132,7 @@ def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] =
     lost = [cell for cell in table.cells if cell not in table.measured]
     if lost:
         lines.append(
-            f"{_many(len(lost), 'cell')} of {len(table.cells)} had no valid repeat with a figure and count in nothing above."
+            f"{_many(len(lost), 'cell')} of {len(table.cells)} had no valid repeat with a figure: not in what is said above."
         )
     holes = [
         f"{table.load_label(one.load)} ({', '.join(c.label for c in table.configs if c not in have)})"

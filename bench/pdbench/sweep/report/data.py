@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 from pdbench.reading import json_of
@@ -222,17 +223,28 @@ def _labels(keys: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str
     silent = {name: {"", "none"} if name == "transfer_backend" else {""} for name in names}
     differ = [name for name in names if len({dict(key).get(name, "") for key in distinct} - silent[name]) > 1]
     silent["gpus"] = {max(sizes, key=lambda size: sizes[size])}
+    places = _places({dict(key).get("inventory", "") for key in distinct} - {""})
     found: dict[tuple[tuple[str, str], ...], str] = {}
     for key in distinct:
         parts = dict(key)
         shown = [parts.get("ratio") or "unknown ratio"]
         shown += [
-            parts[name] if name in (*_PARTS, "source", "gpus") else f"{name}={parts[name]}"
+            parts[name]
+            if name in (*_PARTS, "source", "gpus")
+            else f"on {places[parts[name]]}"
+            if name == "inventory"
+            else f"{name}={parts[name]}"
             for name in differ
             if name != "ratio" and parts.get(name) and parts[name] not in silent[name]
         ]
         found[key] = " · ".join(shown)
     return found
+
+
+def _places(inventories: Set[str]) -> dict[str, str]:
+    """Name each inventory by its last folder or file, where that tells all of them apart."""
+    short = {path: PurePosixPath(path).name.removesuffix(".yml") for path in inventories}
+    return short if len(set(short.values())) == len(short) else {path: path for path in inventories}
 
 
 def _config_order(config: Config) -> tuple[object, ...]:

@@ -57,7 +57,7 @@ FIGURES: dict[str, Plot] = {
     "best": Plot(
         "Best configuration, by load",
         "A square a load. A colour and a name: best, with its lead over the next. Hatched: no best one was shown, and which "
-        "configurations remain.",
+        "configurations remain. Empty: not measured.",
         heat.best_map,
         _no_choice,
     ),

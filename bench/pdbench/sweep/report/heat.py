@@ -42,7 +42,8 @@ def best_map(sweep: Sweep, theme: Theme) -> Figure:
     ax.grid(visible=False)
     ax.tick_params(length=0)
     handles = [Patch(color=look(table, c, theme)["color"], label=f"{c.label} is best") for c in table.configs if c in shown]
-    handles.append(Patch(facecolor=theme.paper, edgecolor=theme.faint, hatch="////", label="not decided"))
+    if any(found.state != "best" for found in sweep.decisions):
+        handles.append(Patch(facecolor=theme.paper, edgecolor=theme.faint, hatch="////", label="not decided"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
     return figure
 
@@ -54,5 +55,5 @@ def _says(found: Decision) -> str:
     names = [cell.config.label for cell in (found.leader, *found.rivals)]
     if found.state == "alone":
         return f"{names[0]}:\n{text}"
-    more = f" +{len(names) - _NAMED}" if len(names) > _NAMED else ""
+    more = f"\nor {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{text}\n" + "\n".join(names[:_NAMED]) + more

@@ -19,7 +19,7 @@ from pdbench.records import Record
 from pdbench.report import split
 from pdbench.report.look import Theme
 from pdbench.sweep.report.data import Cell, Load, Row
-from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, look
+from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, look, title
 from pdbench.sweep.report.read import Json, Sweep, attribution, read_json
 
 Curve = NDArray[np.float64]
@@ -121,7 +121,7 @@ def rate_match(sweep: Sweep, theme: Theme) -> Figure:
     for ax, one in zip(axes, found, strict=True):
         ax.plot(one.when, one.prefill, label="prefill: prompt tokens/s ÷ prompt length", color=theme.lines[1], linestyle="-")
         ax.plot(one.when, one.decode, label="decode: output tokens/s ÷ output length", color=theme.lines[0], linestyle="--")
-        ax.set_title(one.cell.config.label)
+        title(ax, one.cell.config.label)
         ax.set_ylim(0, 1.1 * highest)
         place = ax.get_subplotspec()
         if place is not None and place.is_first_col():

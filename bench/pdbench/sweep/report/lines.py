@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pdbench.report.look import Theme
 from pdbench.sweep.report.choose import frontier, interval
 from pdbench.sweep.report.data import RATE, Cell, Config, Load, Table, number
-from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, load_axis, log_ticks, look, wide_span
+from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, load_axis, log_ticks, look, title, wide_span
 from pdbench.sweep.report.read import Sweep
 
 #: most loads that the figure of TTFT against prompt length shows: the lightest, the middle one, the heaviest
@@ -40,8 +40,10 @@ def _pareto(table: Table, theme: Theme, metric: str, label: str, higher_x: bool)
             if line:
                 ax.plot(xs, ys, label=config.label, **{**look(table, config, theme), "linewidth": 1.1})
                 for end in {0, len(line) - 1}:
+                    # The lower end is named below its mark: two marks that touch keep their names apart.
+                    above = 4 if ys[end] >= max(ys[0], ys[-1]) else -10
                     size = line[end].load.size
-                    ax.annotate(f"{size:g}", (xs[end], ys[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                    ax.annotate(f"{size:g}", (xs[end], ys[end]), xytext=(4, above), textcoords="offset points", fontsize=7)
         best = [points[i] for i in frontier(points, higher_x)]
         if best:
             xs, ys = [x for x, _ in best], [y for _, y in best]
@@ -146,7 +148,7 @@ def ttft_by_length(sweep: Sweep, theme: Theme) -> Figure:
                 ax.plot([x for x, _ in line], [y for _, y in line], label=f"{osl:g} output tokens", **style)
                 heights += [y for _, y in line]
         load_axis(ax, [cell.load.isl for cell in cells])
-        ax.set_title(f"{config.label}, {load.label}", fontsize=8.5)
+        title(ax, f"{config.label}, {load.label}", 8.5)
         _outer(ax)
     if not wide_span(axes, heights):
         for ax in axes:

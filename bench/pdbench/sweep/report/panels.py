@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ def grid(count: int, columns: int = 0, height: float = _HEIGHT, width: float = _
     for ax in list(axes.flat)[count:]:
         ax.set_axis_off()
     return figure, list(axes.flat)[:count]
+
+
+def title(ax: Axes, text: str, size: float = 11.0) -> None:
+    """Put a title of so many points above a panel of the usual width, in as many lines as it needs."""
+    ax.set_title(fill(text, int(400 / size), break_long_words=False, break_on_hyphens=False), fontsize=size)
 
 
 def load_axis(ax: Axes, loads: Sequence[float]) -> None:
