@@ -24,7 +24,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_peers, bench_spec, engines, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
 
@@ -55,7 +55,9 @@ class ActionModule(ActionBase):
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
-        as_deployed = verb in ("bench", "doctor")
+        as_deployed = verb in ("bench", "doctor", "rebalance")
+        if verb == "rebalance" and "ratio" not in extra:
+            raise UserError("rebalance.yml takes the ratio to change to: ansible-playbook rebalance.yml -e ratio=2p2d")
         inherited = dict((current or {}).get("overrides", {})) if as_deployed else {}
         inherited = {name: value for name, value in inherited.items() if name not in extra}
         if as_deployed and current and "ratio" not in extra:
@@ -117,6 +119,8 @@ class ActionModule(ActionBase):
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
             self._check_files(made)
+            if verb == "rebalance":
+                facts["pd_moves"] = self._moves(current or {}, made, discovered)
             if verb == "bench":
                 several = len(clients) > 1
                 meet = bench_spec.meet(planner.address(clients[0]), cluster) if several else ""
@@ -132,13 +136,20 @@ class ActionModule(ActionBase):
             facts["pd_leaving"] = plan.leaving(current, made)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
-                display.display("\n" + tables.workers(made) + "\n" + facts["pd_probe"]["says"] + "\n")
+                changes = [tables.moves(facts["pd_moves"]["moves"])] if verb == "rebalance" else []
+                display.display("\n" + "\n".join([tables.workers(made), facts["pd_probe"]["says"], *changes]) + "\n")
         elif groups["bench_clients"]:
             facts["pd_bench"] = bench_spec.home(cluster, groups["bench_clients"], by_host, str(ROOT))
         result: dict[str, Any] = {"changed": False, **facts, **self._common(cluster)}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result
+
+    @staticmethod
+    def _moves(current: dict[str, Any], made: dict[str, Any], discovered: bool) -> dict[str, Any]:
+        """What changes while the deployment serves; before the router's host was asked, only what cannot be whatever it says."""
+        moves.check(current if discovered else None, made)
+        return moves.summary(current, made) if discovered else {}
 
     @staticmethod
     def _probe(made: dict[str, Any], mode: str, current: dict[str, Any] | None, limit: frozenset[str] | None) -> dict[str, Any]:

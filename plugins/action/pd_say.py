@@ -20,6 +20,7 @@ display = Display()
 NEXT = {
     "deploy": "next: ansible-playbook bench.yml    (ansible-playbook teardown.yml stops everything)",
     "bench": "",
+    "rebalance": "",
     "teardown": "next: ansible-playbook deploy_pd.yml",
 }
 
@@ -49,6 +50,8 @@ class ActionModule(ActionBase):
             self._keep_copy(planned, verb)
         plan = planned["pd_plan"]
         text = tables.table(["host", "what happened", "took"], rows)
+        if verb == "rebalance":
+            text = self._moved(variables["ansible_facts"].get("pd_moved", []), planned["pd_moves"]["moves"])
         if plan:
             members = variables.get("__pd_router", {})
             changes = [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
@@ -63,6 +66,16 @@ class ActionModule(ActionBase):
             text += f"\nthe model is not whole: {plan['truncated']}" if plan.get("truncated") else ""
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}
+
+    @staticmethod
+    def _moved(done: list[dict[str, Any]], moves: list[dict[str, Any]]) -> str:
+        """Return the moves with what each took."""
+        if not moves:
+            return "no worker changes"
+        took = {row["number"]: row for row in done}
+        names = ("drained", "restarted", "admitted")
+        rows = [[move["says"], *(tables.duration(took[move["number"]][name]) for name in names)] for move in moves]
+        return tables.table(["move", "drained in", "restarted in", "admitted in"], rows)
 
     @staticmethod
     def _keep_copy(planned: dict[str, Any], verb: str) -> None:
