@@ -54,7 +54,7 @@ class ActionModule(ActionBase):
             text = self._moved(variables["ansible_facts"].get("pd_moved", []), planned["pd_moves"]["moves"])
         if plan:
             members = variables.get("__pd_router", {})
-            changes = [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
+            changes = [] if verb == "rebalance" else [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
             text += f"\nrouter: {tables.grouped(changes)}" if changes else ""
             pairs = members.get("pairs") or []
             if pairs:
