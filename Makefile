@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-kv | test-faults | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -42,7 +42,7 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
-REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py)
+REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py verbs_rebalance.py gate_faults.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev
@@ -62,6 +62,10 @@ test-kv: setup-dev tiny-model
 # Every fault of docs/reliability.md on real SGLang; it takes its engine from `make test-real`
 test-faults: setup-dev tiny-model
 	PD_TEST_FAULTS=1 $(BIN)/pytest tests/real/test_faults.py -s -o timeout=1500
+
+# Another ratio while three engines of real SGLang serve; it takes its engine from `make test-real`
+test-rebalance: setup-dev tiny-model
+	PD_TEST_REBALANCE=1 $(BIN)/pytest tests/real/test_rebalance.py -s -o timeout=1500
 
 # Real vLLM on this machine's CPU: 3.5 GB and some minutes more, so a target of its own
 test-vllm: setup-dev tiny-model
