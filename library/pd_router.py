@@ -50,6 +50,7 @@ pairs:
   sample: [{prefill: prefill-0, decode: decode-0, seconds: 0.1, error: ""}]
 """
 
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -113,7 +114,11 @@ def leave(router: gateway.Gateway, plan: Dict[str, Any], names: List[str], check
     if not names:
         return reconcile.Outcome(done=True)
     staying = [gateway.member_of(worker) for worker in plan["workers"] if worker["name"] not in names]
-    if gateway.difference(router.members() or [], staying).remove:
+    known = router.members()
+    if known is None and not check:
+        time.sleep(1.0)
+        return reconcile.Outcome(message=f"waiting for the router at {router.url}")
+    if gateway.difference(known or [], staying).remove:
         router.check_floor(staying)
     outcome = router.remove_surplus(staying, check)
     if check or not outcome.done:

@@ -52,8 +52,11 @@ class ActionModule(ActionBase):
             "restarted": max((float(done.get("seconds") or 0.0) for done in units), default=0.0),
             "admitted": variables["__pd_admitted"]["seconds"],
         }
+        changes = [change for done in [*units, variables["__pd_admitted"]] for change in done.get("changes") or []]
+        if changes and not number:
+            display.display(f"\nwhat an interrupted command left is finished: {tables.grouped(changes)}")
         if number:
             shown = ", ".join(f"{what} in {tables.duration(seconds)}" for what, seconds in took.items())
             display.display(f"move {number} is made: {shown}")
-        rows = [*variables["ansible_facts"].get("pd_moved", []), {"number": number, **took}]
+        rows = [*variables["ansible_facts"].get("pd_moved", []), {"number": number, "changes": changes, **took}]
         return {"changed": False, "ansible_facts": {"pd_moved": rows}}

@@ -95,9 +95,9 @@ class ActionModule(ActionBase):
             planner = plan.Planner(inputs)
             if verb == "doctor":
                 return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
-            if verb == "bench" and current and current["api_key"] and cluster["api_key"] is None:
+            if verb in ("bench", "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
-                    "the deployment has an api_key, and bench.yml has none: give it the same one (vault, or -e @file)"
+                    f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
                 )
             clients = groups["bench_clients"]
             planner.check_limit(clients if verb == "bench" else [])

@@ -69,13 +69,16 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _moved(done: list[dict[str, Any]], moves: list[dict[str, Any]]) -> str:
-        """Return the moves with what each took."""
-        if not moves:
-            return "no worker changes"
+        """Return the moves with what each took; number 0 is what an interrupted command had left."""
         took = {row["number"]: row for row in done}
+        rows = [{"number": 0, "says": "what an interrupted command left"}] if took.get(0, {}).get("changes") else []
         names = ("drained", "restarted", "admitted")
-        rows = [[move["says"], *(tables.duration(took[move["number"]][name]) for name in names)] for move in moves]
-        return tables.table(["move", "drained in", "restarted in", "admitted in"], rows)
+        table = [
+            [row["says"], *(tables.duration(took[row["number"]][name]) for name in names)]
+            for row in [*rows, *moves]
+            if row["number"] in took
+        ]
+        return tables.table(["move", "drained in", "restarted in", "admitted in"], table) if table else "no worker changes"
 
     @staticmethod
     def _keep_copy(planned: dict[str, Any], verb: str) -> None:
