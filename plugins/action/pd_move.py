@@ -58,5 +58,5 @@ class ActionModule(ActionBase):
         if number:
             shown = ", ".join(f"{what} in {tables.duration(seconds)}" for what, seconds in took.items())
             display.display(f"move {number} is made: {shown}")
-        rows = [*variables["ansible_facts"].get("pd_moved", []), {"number": number, "changes": changes, **took}]
+        rows = [*variables.get("ansible_facts", {}).get("pd_moved", []), {"number": number, "changes": changes, **took}]
         return {"changed": False, "ansible_facts": {"pd_moved": rows}}

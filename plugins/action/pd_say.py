@@ -51,7 +51,7 @@ class ActionModule(ActionBase):
         plan = planned["pd_plan"]
         text = tables.table(["host", "what happened", "took"], rows)
         if verb == "rebalance":
-            text = self._moved(variables["ansible_facts"].get("pd_moved", []), planned["pd_moves"]["moves"])
+            text = self._moved(variables.get("ansible_facts", {}).get("pd_moved", []), planned["pd_moves"]["moves"])
         if plan:
             members = variables.get("__pd_router", {})
             changes = [] if verb == "rebalance" else [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
