@@ -200,7 +200,9 @@ def check_a_crash_keeps_the_role(plan: dict[str, Any]) -> None:
     rank = worker["ranks"][0]
     first = pids(rank["host"])
     sh(rank["host"], f"systemctl kill -s KILL {rank['unit']}")
-    until("it is started anew", lambda: pids(rank["host"]).get(f"{rank['host']}/{rank['unit']}", 0) not in (0, *first.values()), 30)
+    until(
+        "it is started anew", lambda: pids(rank["host"]).get(f"{rank['host']}/{rank['unit']}", 0) not in (0, *first.values()), 30
+    )
     command = until("its command line", lambda: sh(rank["host"], f"systemctl show -p ExecStart {rank['unit']}"))
     assert "--role decode" in command
     until("the router counts all", lambda: counts() == roles() and complete(), 60)
@@ -212,7 +214,9 @@ def test_a_host_that_dies_half_way_leaves_a_cluster_that_serves_and_the_same_com
     assert counts() == {"prefill": 2, "decode": 2}
     with asking() as asked:
         change = Live(pd, "-e", "ratio=1p3d")
-        until("h2 is about to change", lambda: change.seen("becomes decode-2; meanwhile") or change.process.poll() is not None, 120)
+        until(
+            "h2 is about to change", lambda: change.seen("becomes decode-2; meanwhile") or change.process.poll() is not None, 120
+        )
         until("its last request is answered", lambda: move_begins_units(change) or change.process.poll() is not None, 60)
         hosts.kill("h2")
         stuck = change.end().bad()

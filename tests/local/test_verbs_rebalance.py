@@ -44,7 +44,10 @@ REFUSED = {
     "no such ratio": (["-e", "ratio=3x1d"], "ratio='3x1d' is not a ratio"),
     "does not fit": (["-e", "ratio=7p2d"], "ratio 7p2d does not fit"),
     "mistyped": (["-e", "ratio=2p2d", "-e", "drain_timeot=5"], "did you mean drain_timeout?"),
-    "a router that cannot": (["-e", "ratio=2p2d", "-e", "router=mini-lb"], "router=mini-lb learns its workers only at its start"),
+    "a router that cannot": (
+        ["-e", "ratio=2p2d", "-e", "router=mini-lb", "-e", "router_policy=random"],
+        "router=mini-lb learns its workers only at its start",
+    ),
 }
 
 

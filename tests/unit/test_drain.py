@@ -28,7 +28,9 @@ def test_requests_of_all_ranks_count(ranks: list[tuple[int, int, int]]) -> None:
 
 
 def test_gauges_of_either_engine_are_read_where_there_is_no_v1_loads() -> None:
-    text = 'sglang:num_running_reqs{tp_rank="0"} 2.0\nsglang:num_prefill_inflight_queue_reqs{a="b"} 1.0\nsglang:cache_hit_rate 0.5\n'
+    text = (
+        'sglang:num_running_reqs{tp_rank="0"} 2.0\nsglang:num_prefill_inflight_queue_reqs{a="b"} 1.0\nsglang:cache_hit_rate 0.5\n'
+    )
     answers = {"/v1/loads": (404, ""), "/metrics": (200, text)}
     assert drain.under_way("http://w", lambda m, url: answers[url.split("w", 1)[1].split("?")[0]]) == (
         {"running": 2, "sending KV": 1},

@@ -314,7 +314,9 @@ def test_no_role_is_left_without_a_healthy_member(router: FakeRouter) -> None:
     door = Gateway(router.url, None)
     door.check_floor([P0, D0])
     router.sick = {P0.url}
-    with pytest.raises(UserError, match=f"no healthy prefill worker would be left: the router does not count {P0.url} as healthy"):
+    with pytest.raises(
+        UserError, match=f"no healthy prefill worker would be left: the router does not count {P0.url} as healthy"
+    ):
         door.check_floor([P0, D0])
     assert router.changes() == []
 

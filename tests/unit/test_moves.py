@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from unit.plans import Json, host, plan
 
-from pdlib import moves, plan as plans
+from pdlib import moves
+from pdlib import plan as plans
 from pdlib.errors import UserError
 from pdlib.moves import Move
 
@@ -138,7 +139,13 @@ def test_a_ratio_changes_by_the_fewest_workers_over_plans_that_can_stand(
             assert w["url"] in now["router"]["members"]
         assert now["router"]["argv"][-len(now["router"]["members"]) :] == now["router"]["members"]
         taken = [(r["host"], gpu) for w in now["workers"] for r in w["ranks"] for gpu in r["gpus"]]
-        taken += [(r["address"], r[kind]) for w in now["workers"] for r in w["ranks"] for kind in ("port", "bootstrap_port") if kind in r]
+        taken += [
+            (r["address"], r[kind])
+            for w in now["workers"]
+            for r in w["ranks"]
+            for kind in ("port", "bootstrap_port")
+            if kind in r
+        ]
         assert len(taken) == len(set(taken))
         # a step is a plan from which the rest is what it was
         again = plan(hosts, f"{p2}p{d2}d", current=now)
@@ -203,7 +210,9 @@ def test_what_cannot_be_live_is_refused_with_what_does_it() -> None:
     assert "the router would restart for another reason" in refusal(
         current, plan(hosts, "1p2d", current=current, router_policy="random")
     )
-    assert "router=mini-lb learns its workers only at its start" in refusal(None, plan(hosts, "1p2d", router="mini-lb"))
+    assert "router=mini-lb learns its workers only at its start" in refusal(
+        None, plan(hosts, "1p2d", router="mini-lb", router_policy="random")
+    )
 
 
 def test_aggregated_replicas_come_and_go_one_ratio_to_another() -> None:
@@ -212,9 +221,7 @@ def test_aggregated_replicas_come_and_go_one_ratio_to_another() -> None:
     target = plan(hosts, "4agg", current=current)
     moves.check(current, target)
     assert moves.moves(current, target) == [Move((), ("aggregated-2", "aggregated-3"))]
-    assert moves.moves(target, plan(hosts, "agg", current=target)) == [
-        Move(("aggregated-1", "aggregated-2", "aggregated-3"), ())
-    ]
+    assert moves.moves(target, plan(hosts, "agg", current=target)) == [Move(("aggregated-1", "aggregated-2", "aggregated-3"), ())]
 
 
 # ---------------------------------------------------------------- roles that are switched

@@ -132,7 +132,9 @@ def test_a_unit_that_is_to_be_kept_is_not_restarted(home: Path) -> None:
             str(home), str(home / "i"), "supervisord", "1p1d", [unit("pd-prefill-0", "other"), B], False, keep=["pd-prefill-0"]
         ).step(False)
     assert CALLS == ["reload", "start pd-prefill-0", "start pd-decode-0"]
-    kept = Reconciler(str(home), str(home / "i"), "supervisord", "1p1d", [A, unit("pd-decode-0", "x")], False, keep=["pd-prefill-0"])
+    kept = Reconciler(
+        str(home), str(home / "i"), "supervisord", "1p1d", [A, unit("pd-decode-0", "x")], False, keep=["pd-prefill-0"]
+    )
     assert "restarted pd-decode-0" in kept.step(False).changed
 
 

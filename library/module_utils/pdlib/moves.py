@@ -175,8 +175,9 @@ def _anchors(
 
 def after(current: Json, target: Json, made: Sequence[Move]) -> Json:
     """Return the plan once these moves, the first ones of :func:`moves`, are made: an ordinary plan, of the ratio that then runs."""
-    all_moves = moves(current, target)
-    if len(made) == len(all_moves):
+    if not made:
+        return current
+    if len(made) == len(moves(current, target)):
         return target
     gone = {name for move in made for name in move.leave}
     come = {name for move in made for name in move.arrive}
