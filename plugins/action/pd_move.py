@@ -48,7 +48,7 @@ class ActionModule(ActionBase):
         """Print what the steps of the move took, and keep it for the table at the end."""
         units = [variables["hostvars"][host].get("__pd_units", {}) for host in variables["ansible_play_hosts_all"]]
         took = {
-            "drained": variables["__pd_left"]["seconds"],
+            "drained": variables["__pd_left"]["seconds"] if variables["__pd_step"]["leaving"] else 0.0,
             "restarted": max((float(done.get("seconds") or 0.0) for done in units), default=0.0),
             "admitted": variables["__pd_admitted"]["seconds"],
         }

@@ -73,8 +73,10 @@ def test_the_ratio_changes_while_clients_are_served(clean: Checkout) -> None:
     foretold = clean.play("rebalance.yml", "-e", "ratio=1p2d", "--check").good()
     assert "move 1 of 2: decode-1 (" in foretold.text
     assert foretold.changed == {"gh200": 0, "a100": 0}
-    for words, why in ((["-e", "ratio=2agg"], "its mode is fixed at its start"),
-                       (["-e", "ratio=2p2d", "-e", '{"engine_env": {"X": "1"}}'], "would restart for another reason")):  # fmt: skip
+    for words, why in (
+        (["-e", "ratio=2agg"], "its mode is fixed at its start"),
+        (["-e", "ratio=2p2d", "-e", '{"engine_env": {"X": "1"}}'], "would restart for another reason"),
+    ):
         refused = clean.play("rebalance.yml", *words)
         assert refused.code != 0
         assert why in " ".join(refused.text.split())

@@ -65,7 +65,7 @@ def test_what_is_left_is_said() -> None:
 
 def test_a_process_that_is_gone_has_no_requests_and_one_that_is_silent_is_named() -> None:
     assert drain.wait({"decode-1": "http://w"}, lambda method, url: (0, "[Errno 111] Connection refused")).done
-    with pytest.raises(UserError, match="decode-1 at http://w left the router and does not say .*timed out.* The others serve"):
+    with pytest.raises(UserError, match=r"decode-1 at http://w left the router and does not say .*timed out.* The others serve"):
         drain.wait({"decode-1": "http://w"}, lambda method, url: (0, "timed out"))
     with pytest.raises(UserError, match="neither /v1/loads nor /metrics counts"):
         drain.wait({"decode-1": "http://w"}, lambda method, url: (404, ""))
@@ -103,7 +103,7 @@ def test_a_role_is_switched_once_with_what_a_decode_worker_s_graphs_take() -> No
 def test_a_worker_with_requests_is_waited_for_and_another_refusal_is_an_error() -> None:
     busy = Switching("instance is not idle; drain all requests before switching")
     assert role_switch.bring("pd-worker-1", SWITCH, busy) == (False, "pd-worker-1 has requests left before it becomes decode")
-    with pytest.raises(UserError, match="does not become decode while it runs .*nixl.* does not support"):
+    with pytest.raises(UserError, match=r"does not become decode while it runs .*nixl.* does not support"):
         role_switch.bring("pd-worker-1", SWITCH, Switching("transfer backend 'nixl' does not support runtime role switch"))
     silent = role_switch.bring("pd-worker-1", SWITCH, lambda method, url, body: (0, "timed out"))
     assert silent == (False, "pd-worker-1 does not say what its role is")

@@ -189,8 +189,10 @@ class Gateway:
         return outcome
 
     def admit(self, plan: Mapping[str, Any], pair_timeout_s: float, resumed: bool) -> Tuple[Outcome, List[Json]]:
-        """As :meth:`converge`, but workers that are new to the router first answer over each of their pairs, so that no client
-        waits for their first connection. Returns the outcome and the rows of :meth:`probe_pairs`; rows with an error end it.
+        """Do as :meth:`converge`, but let workers that are new to the router first answer over each of their pairs.
+
+        So no client waits for their first connection. Returns the outcome and the rows of :meth:`probe_pairs`; rows with an
+        error end it.
         """
         rows: List[Json] = []
         if not resumed:
