@@ -47,7 +47,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "SILENT_S", 0.5)
 
 
-def test_it_is_drained_once_it_was_idle_for_a_while() -> None:
+def test_it_is_drained_once_it_was_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "STEP_S", 10.0)
     left = [loads(2, 1), loads(0, 0, 1), loads(), loads(1)]
 
     def ask(method: str, url: str) -> tuple[int, str]:
