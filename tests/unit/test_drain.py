@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from pdlib import drain, role_switch
 from pdlib.errors import UserError
 
-NAMES = ("num_running_reqs", "num_waiting_reqs")
-
 
 def loads(running: int = 0, waiting: int = 0, sending: int = 0, **more: Any) -> str:
-    load = {"dp_rank": 0, "num_running_reqs": running, "num_waiting_reqs": waiting}
+    load: dict[str, Any] = {"dp_rank": 0, "num_running_reqs": running, "num_waiting_reqs": waiting}
     load["disaggregation"] = {"mode": "prefill", "prefill_inflight_queue_reqs": sending, **more}
     return json.dumps({"loads": [load]})
 

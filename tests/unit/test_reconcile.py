@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlib import managers, processes, reconcile, units
+from pdlib import managers, processes, reconcile, role_switch, units
 from pdlib.errors import UserError
 from pdlib.managers import Status, Supervisord
 from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
@@ -145,7 +145,7 @@ def test_a_role_is_switched_without_a_restart_and_the_unit_is_written(home: Path
 
     said: list[tuple[bool, str]] = []
     monkeypatch.setattr(reconcile, "healthy", lambda url: True)
-    monkeypatch.setattr(reconcile.role_switch, "bring", lambda name, switch, ask: said.pop(0) if said else (True, ""))
+    monkeypatch.setattr(role_switch, "bring", lambda name, switch, ask: said.pop(0) if said else (True, ""))
     step(home, switchable("prefill"))
     pid = UNITS["pd-worker-1"]
     said += [(False, "pd-worker-1 has requests left")] * 20
