@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -42,18 +42,25 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
-REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py verbs_rebalance.py gate_faults.py)
+REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
+	profile.py advise_verbs.py)
+# Whole sweeps and ratio=auto, a play for every cell: ten minutes and more, in no other target
+SWEEPS := $(addprefix tests/local/test_,sweep_plays.py auto.py verbs_rebalance.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev
 	@mkdir -p .pd; $(MAKE) --no-print-directory lint >.pd/lint.log 2>&1 & lint=$$!; \
-	 tests=0; $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(REAL_TOO)) || tests=$$?; \
+	 tests=0; $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(REAL_TOO) $(SWEEPS)) || tests=$$?; \
 	 linted=0; wait $$lint || linted=$$?; cat .pd/lint.log; exit $$((tests + linted))
 
 test-real: setup-dev tiny-model
 	@tools/real_packages.sh
 	$(BIN)/pytest -n 3 --dist loadfile $(REAL_TOO)
 	$(BIN)/pytest tests/real -o timeout=900
+
+# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, and bench.yml -e ratio=auto
+test-sweeps: setup-dev
+	$(BIN)/pytest -n 2 --dist loadfile $(SWEEPS) -o timeout=1800 --durations=10
 
 # The contents of the KV cache on real SGLang, beside an aggregated server; it takes its engine from `make test-real`
 test-kv: setup-dev tiny-model
@@ -77,10 +84,10 @@ LAB := PYTHONPATH=tests $(BIN)/python -m lab
 test-lab: setup-dev lab-deps
 	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py --ignore tests/lab/test_rdma_vm.py
 
-# RDMA facts against SoftRoCE in a VM emulated in software: a minute; the first run makes the VM, some minutes more
+# RDMA facts, and the bytes of NIXL and Mooncake, over SoftRoCE in a VM emulated in software: minutes; the first run makes the VM, some minutes more
 test-rdma: setup-dev
 	@command -v qemu-system-x86_64 cpio mmdebstrap >/dev/null || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
-	$(BIN)/pytest tests/lab/test_rdma_vm.py -o timeout=900
+	$(BIN)/pytest tests/lab/test_rdma_vm.py -s -o timeout=1200
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps

@@ -48,9 +48,12 @@ reach:
   type: list
   elements: dict
   sample: [{from: n1, to: n2, port: 8998, state: open}]
+reach_s: {description: Seconds that the connections took., returned: with C(look=network), type: float, sample: 0.4}
+network_s: {description: Seconds from their start to the end of all., returned: with C(look=network), type: float, sample: 1.3}
 front: {description: What router and workers said (pdlib/doctor_ask.py)., returned: with C(look=network), type: dict, sample: {from: n1}}
 """
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict
@@ -78,8 +81,11 @@ def look_at_network(p: Dict[str, Any]) -> Dict[str, Any]:
         asked = None
         if p["plan"]:
             asked = pool.submit(doctor_ask.ask, p["plan"], key, p["job"]["name"], p["requests"], p["pair_timeout"])
+        began = time.monotonic()
         rows = doctor_reach.reach(p["job"], p["window"])
-        return {"reach": rows, "front": asked.result() if asked else {}}
+        reached = time.monotonic()
+        front = asked.result() if asked else {}
+        return {"reach": rows, "front": front, "reach_s": reached - began, "network_s": time.monotonic() - began}
 
 
 def main() -> None:

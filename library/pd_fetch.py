@@ -5,12 +5,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: pd_fetch
-short_description: Bring a run from the client host to the controller
+short_description: Bring a run, or a profile's traces, from a host to the controller
 description:
-  - Packs the run on the host with C(pd_bench), which may need root's rights, and copies the archive as the user who connects,
+  - Packs on the host with C(pd_bench) or C(pd_traces), which may need root's rights, and copies the archive as the user who connects,
     in a stream. C(ansible.builtin.fetch) sends what only root may read as JSON, whole, through the memory of both sides.
 options:
-  state_dir: {description: State directory of the client host., type: path, required: true}
+  module: {description: What packs., type: str, choices: [pd_bench, pd_traces], default: pd_bench}
+  state_dir: {description: State directory of the host., type: path, required: true}
   run_id: {description: The run., type: str, required: true}
   dest: {description: Folder on the controller., type: path, required: true}
   keep_going:
@@ -18,7 +19,7 @@ options:
     type: bool
     default: false
 attributes:
-  action: {support: full, description: Copies to the controller; the module pd_bench runs on the host.}
+  action: {support: full, description: Copies to the controller; that module runs on the host.}
   check_mode: {support: full, description: Does nothing.}
   diff_mode: {support: none, description: There is no file to show.}
 author: [the pd project]
@@ -41,6 +42,7 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
+            "module": {"type": "str", "choices": ["pd_bench", "pd_traces"], "default": "pd_bench"},
             "state_dir": {"type": "path", "required": True},
             "run_id": {"type": "str", "required": True},
             "dest": {"type": "path", "required": True},

@@ -9,9 +9,9 @@ short_description: Check everything the user wrote and make the plan
 description:
   - Reads extra-vars, C(--limit) and the inventory on the controller, refuses what cannot work, and places the workers.
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
-    C(playbooks/vars/derived.yml).
+    the role C(pd).
 options:
-  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, rebalance, plan, doctor, teardown], required: true}
+  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, rebalance, plan, doctor, teardown], required: true}
   discovered:
     description: Compare with what the hosts have, and start from the plan that the router's host holds (both as role preflight found them).
     type: bool
@@ -63,10 +63,12 @@ pd_probe:
   type: dict
   sample: {says: "KV path probe: 3 of 3 paths", pairs: []}
 pd_examined:
-  description: Whether C(pd_plan) is the deployed one, and why the inventory cannot be planned (empty when it can).
+  description:
+    - Whether C(pd_plan) is the deployed one, and why the inventory cannot be planned (empty when it can); its id, as kv_probe.json
+      has it, and where several bench clients meet.
   returned: with C(verb=doctor)
   type: dict
-  sample: {deployed: true, refused: ""}
+  sample: {deployed: true, refused: "", inventory: local-1f2e3d4c, meet: {address: 192.0.2.1, port: 8890}}
 pd_bench:
   description: The run and where it happens.
   returned: with C(verb=bench); with C(verb=teardown) when there is a client host
@@ -81,7 +83,7 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "verb": {"type": "str", "choices": ["deploy", "bench", "rebalance", "plan", "doctor", "teardown"], "required": True},
+            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown"], "required": True},
             "discovered": {"type": "bool", "default": False},
             "show": {"type": "bool", "default": False},
         },

@@ -9,9 +9,10 @@ short_description: Make room for a run on the controller, unpack it, judge and r
 description:
   - C(room) fails when the records would not fit. C(unpack) puts a fetched run below C(bench.results_dir); a run that nobody
     watched is judged and reported there, too. C(report) writes the manifest, the units' logs, the verdict, plots and the
-    page, points C(latest) to the run, and fails when the run is invalid; its records are kept.
+    page, points C(latest) to the run, and fails when the run is invalid; its records are kept. C(profile) puts the traces that
+    were fetched beside the run, opens them all, prints what they say, and fails when some are missing.
 options:
-  action: {description: What to do., type: str, choices: [room, unpack, report], required: true}
+  action: {description: What to do., type: str, choices: [room, unpack, report, profile], required: true}
   bench: {description: The run as pd_plan made it., type: dict, required: true}
   run: {description: "With C(action=unpack): the run's C(run_id), and how it was C(found).", type: dict}
 attributes:
@@ -38,7 +39,7 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "action": {"type": "str", "choices": ["room", "unpack", "report"], "required": True},
+            "action": {"type": "str", "choices": ["room", "unpack", "report", "profile"], "required": True},
             "bench": {"type": "dict", "required": True},
             "run": {"type": "dict"},
         },

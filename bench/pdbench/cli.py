@@ -14,8 +14,16 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "emulate": ("pdbench.emulate.cli", "", "serve as an SGLang prefill, decode or aggregated worker, without a GPU"),
     "selfcheck": ("pdbench.selfcheck.cli", "run", "say how far `run` can be trusted on this machine, at this load"),
     "merge": ("pdbench.merge", "run", "put the shares of several clients together: one run"),
+    "profile": (
+        "pdbench.profiling.cli",
+        "run",
+        "`run`, with a role's forward steps recorded by the engine's profiler (profile.yml)",
+    ),
+    "traces": ("pdbench.profiling.read", "run", "what the profiler's traces of a folder say: steps, kernels, ranks"),
+    "fit": ("pdbench.fit.cli", "report", "the performance model's figures from measured runs, with the error on runs kept out"),
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
+    "advise": ("pdbench.advise.cli", "report", "which ratio to deploy, by simulation; how wrong such predictions were"),
     "compare": ("pdbench.compare.cli", "report", "whether two configurations differ, by how much, and how sure that is"),
     "import": (
         "pdbench.importing.cli",

@@ -120,8 +120,9 @@ class ActionModule(ActionBase):
         if host not in seen or not self.plan:
             return {"changed": False, "reach": [], "front": {}}
         deployed = self.planned["pd_examined"]["deployed"]
-        clients = [client for client in variables["groups"]["bench_clients"][:1] if deployed]
-        every = doctor_reach.ways(self.plan, clients, {name: row["host"]["port_range"] for name, row in seen.items()})
+        clients = list(variables["groups"]["bench_clients"]) if deployed else []
+        ranges = {name: row["host"]["port_range"] for name, row in seen.items()}
+        every = doctor_reach.ways(self.plan, clients, ranges, self.planned["pd_examined"]["meet"])
         job = doctor_reach.jobs(every, {name: row["host"]["listeners"] for name, row in seen.items()})[host]
         router = self.plan["router"]["host"]
         asks = deployed and host == (
@@ -139,7 +140,8 @@ class ActionModule(ActionBase):
             "requests": router in seen and not self._holder(variables),
             "pair_timeout": _PAIR_S,
         }
-        return self._call(arguments, variables)
+        asked = time.time()
+        return {**self._call(arguments, variables), "asked": asked, "answered": time.time()}
 
     def _holder(self, variables: Json) -> Json:
         """Who is changing or measuring the deployment; {} when nobody is, or only a command that is dead."""
@@ -154,6 +156,8 @@ class ActionModule(ActionBase):
         rows = {host: variables["hostvars"][host].get("__pd_found", {}) for host in variables["ansible_play_hosts_all"]}
         seen = self._hosts(variables)
         reached = {host: variables["hostvars"][host].get("__pd_reached", {}) for host in seen}
+        timed = {host: row for host, row in reached.items() if "network_s" in row}
+        spans = {host: (row["answered"] - row["network_s"], row["asked"] + row["reach_s"]) for host, row in timed.items()}
         front: Json = next((row["front"] for row in reached.values() if row.get("front")), {})
         lost = {host: row["lost"] for host, row in {**rows, **reached}.items() if row.get("lost")}
         clocks = {
@@ -173,7 +177,7 @@ class ActionModule(ActionBase):
             unreachable=lost,
             settings=self.planned["pd_hosts"],
             accelerated=self.planned["pd_accelerators"],
-            reach=doctor_reach.heard({host: row["reach"] for host, row in reached.items() if "reach" in row}),
+            reach=doctor_reach.heard({host: row["reach"] for host, row in reached.items() if "reach" in row}, spans),
             front={**front, "busy": self._holder(variables)} if front else {},
             wheel_cuda={host: wheel_cuda(files) for host, files in installs.items()},
             clocks=clocks,
@@ -181,13 +185,18 @@ class ActionModule(ActionBase):
         )
 
     def _probe(self) -> Json:
-        """What the last KV path probe left on the controller; nothing of a deployment that has no such paths."""
+        """What the last KV path probe of this inventory left on the controller; {} where another's was the last."""
         path = ROOT / str(self.planned["pd_settings"]["results_dir"]) / "kv_probe.json"
         try:
             found: Json = json.loads(path.read_text()) if self.plan.get("kv_probe") or not self.plan.get("emulated") else {}
         except (OSError, ValueError):
             return {}
-        if found.get("schema") != 1 or found.get("transfer_backend") != self.plan.get("transfer_backend"):
+        wanted = {
+            "schema": 1,
+            "inventory": self.planned["pd_examined"]["inventory"],
+            "transfer_backend": self.plan.get("transfer_backend"),
+        }
+        if {name: found.get(name) for name in wanted} != wanted:
             return {}
         own = {(pair["prefill"], pair["decode"]) for pair in self.plan.get("pairs", [])}
         for kind in ("paths", "known"):

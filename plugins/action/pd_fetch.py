@@ -1,4 +1,4 @@
-"""Bring a run from the client host to the controller, without reading it into memory on the way."""
+"""Bring a run, or traces, from a host to the controller, without reading it into memory on the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plugins.action.pd_poll import ActionModule as Poll  # noqa: E402
 class ActionModule(Poll):
     """`pd_fetch: {state_dir: /var/lib/pd, run_id: ..., dest: results/.incoming}`; documented in library/pd_fetch.py."""
 
-    _VALID_ARGS = frozenset({"state_dir", "run_id", "dest", "keep_going"})
+    _VALID_ARGS = frozenset({"module", "state_dir", "run_id", "dest", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Pack on the host, as who may read the run; fetch as who connects (ansible.builtin.fetch would send it as JSON)."""
@@ -32,8 +32,10 @@ class ActionModule(Poll):
             archive = self._connection._shell.join_path(folder, f"{args['run_id']}.tar.gz")
             options = {"action": "pack", "state_dir": args["state_dir"], "run_id": args["run_id"], "archive": archive}
             host = self._task.delegate_to or variables["inventory_hostname"]
-            with self.heartbeat(host, f"run {args['run_id']} is packed and fetched"):
-                result = self._execute_module(module_name="pd_bench", module_args=options, task_vars=variables)
+            with self.heartbeat(host, f"{args['run_id']} is packed and fetched"):
+                result = self._execute_module(
+                    module_name=args.get("module", "pd_bench"), module_args=options, task_vars=variables
+                )
                 if result.get("failed") or result.get("unreachable"):
                     return dict(result)
                 local = Path(args["dest"]) / f"{args['run_id']}.tar.gz"

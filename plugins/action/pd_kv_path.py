@@ -102,7 +102,9 @@ class ActionModule(pd_poll.ActionModule):
         display.display(f"\nKV path, {work['backend']}:\n{probe.matrix([*rows, *earlier])}\n")
         folder = ROOT / self._task.args["results_dir"]
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"schema": 1, "ok": all(row["ok"] for row in rows), "transfer_backend": work["backend"], "op": work["op"]}
+        # The folder of results may be that of several deployments: doctor.yml asks whose this is.
+        record = {"schema": 1, "ok": all(row["ok"] for row in rows), "inventory": work["inventory"]}
+        record |= {"transfer_backend": work["backend"], "op": work["op"]}
         text = json.dumps({**record, "paths": rows, "known": earlier}, indent=1)
         (folder / "kv_probe.json").write_text(text + "\n")
         bad = [row for row in rows if not row["ok"]]

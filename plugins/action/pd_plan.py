@@ -24,11 +24,16 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, profile_spec  # noqa: E402
+from pdlib import settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
-from pdlib.variables import BENCH, VARIABLES, VERB  # noqa: E402
+from pdlib.variables import BENCH, ONLY_TYPED, VARIABLES, VERB  # noqa: E402
 
 display = Display()
+
+
+#: Verbs that send a load to what is deployed.
+MEASURING = ("bench", "profile")
 
 
 class ActionModule(ActionBase):
@@ -38,7 +43,7 @@ class ActionModule(ActionBase):
     _VALID_ARGS = frozenset({"verb", "discovered", "show"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the plan and what is derived from it; plays register it as `__pd_planned` (playbooks/vars/derived.yml)."""
+        """Return the plan and what is derived from it; plays register it as `__pd_planned` (the role pd)."""
         super().run(tmp, task_vars)
         try:
             return self._run(task_vars or {})
@@ -49,13 +54,14 @@ class ActionModule(ActionBase):
         verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
         extra = dict(load_extra_vars(loader=self._loader))
         settings.check_extra_vars(extra)
-        if verb == "bench" and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
-            raise UserError("bench.yml judges and plots runs with pdbench, which this Ansible's Python has not: make setup")
+        measures = verb in MEASURING
+        if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
+            raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
         groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
-        as_deployed = verb in ("bench", "doctor", "rebalance")
+        as_deployed = measures or verb in ("doctor", "rebalance")
         if verb == "rebalance" and "ratio" not in extra:
             raise UserError("rebalance.yml takes the ratio to change to: ansible-playbook rebalance.yml -e ratio=2p2d")
         inherited = dict((current or {}).get("overrides", {})) if as_deployed else {}
@@ -64,7 +70,7 @@ class ActionModule(ActionBase):
             inherited["ratio"] = current["ratio"]
         by_host: dict[str, dict[str, Any]] = {}
         for host in ours:
-            given = {name: hostvars[host].get(name) for name in VARIABLES}
+            given = {name: hostvars[host].get(name) for name in VARIABLES if name not in ONLY_TYPED or name in extra}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
@@ -94,14 +100,17 @@ class ActionModule(ActionBase):
         if verb != "teardown":
             planner = plan.Planner(inputs)
             if verb == "doctor":
-                return {"changed": False, **facts, **self._examined(planner, ours), **self._common(cluster)}
-            if verb in ("bench", "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
+                facts |= self._examined(planner, ours)
+                together = self._meet(planner, groups["bench_clients"], cluster)
+                facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
+                return {"changed": False, **facts, **self._common(cluster)}
+            if (measures or verb == "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
                     f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
                 )
             clients = groups["bench_clients"]
-            planner.check_limit(clients if verb == "bench" else [])
-            if verb == "bench":
+            planner.check_limit(clients if measures else [])
+            if measures:
                 bench_peers.check(cluster, planner.engine.emulated, len(clients))
             open_hosts = [] if discovered or verb == "plan" else planner.left_to_discover()
             if open_hosts:
@@ -121,14 +130,18 @@ class ActionModule(ActionBase):
             self._check_files(made)
             if verb == "rebalance":
                 facts["pd_moves"] = self._moves(current or {}, made, discovered)
-            if verb == "bench":
-                several = len(clients) > 1
+            if measures:
+                # A profile's load is one batch, which one client sends.
+                senders = clients if verb == "bench" else clients[:1]
+                several = len(senders) > 1
                 meet = bench_spec.meet(planner.address(clients[0]), cluster) if several else ""
                 key = secrets.token_hex(16) if several else ""
-                facts["pd_bench"] = bench_spec.make(made, cluster, clients, by_host, str(ROOT), time.time(), meet, key)
-                for client in clients:
+                facts["pd_bench"] = bench_spec.make(made, cluster, senders, by_host, str(ROOT), time.time(), meet, key)
+                if verb == "profile":
+                    facts["pd_bench"] = profile_spec.make(facts["pd_bench"], made, cluster)
+                for client in facts["pd_bench"]["clients"]:
                     planner.check_python(client)
-            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit)
+            facts["pd_probe"] = self._probe(made, cluster["kv_probe"], current, inputs.limit) | {"inventory": self._inventory()}
             if verb != "plan":
                 made["kv_probe"] = facts["pd_probe"]["known"]
             facts["pd_plan"] = made
@@ -235,9 +248,21 @@ class ActionModule(ActionBase):
         except ValueError as error:
             raise UserError(f"{path} is not a plan ({error})") from None
 
-    def _copy_path(self) -> Path:
+    @staticmethod
+    def _inventory() -> str:
         sources = [str(Path(source).resolve()) for source in context.CLIARGS.get("inventory") or ["default"]]
-        return ROOT / ".pd" / "deployed" / f"{plan.inventory_id(sources)}.json"
+        return plan.inventory_id(sources)
+
+    def _copy_path(self) -> Path:
+        return ROOT / ".pd" / "deployed" / f"{self._inventory()}.json"
+
+    @staticmethod
+    def _meet(planner: plan.Planner, clients: list[str], cluster: dict[str, Any]) -> dict[str, Any]:
+        """Where several bench clients meet, {} for one; the address of a host that could not be asked may be open."""
+        try:
+            return {"address": planner.address(clients[0]), "port": cluster["bench_meet_port"]} if len(clients) > 1 else {}
+        except UserError:
+            return {}
 
     @staticmethod
     def _own_names(hostvars: Any, host: str) -> list[str]:

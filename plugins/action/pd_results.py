@@ -21,7 +21,7 @@ from ansible.utils.display import Display
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import manifest  # noqa: E402
+from pdlib import manifest, profile_spec  # noqa: E402
 
 display = Display()
 
@@ -41,7 +41,14 @@ class ActionModule(ActionBase):
             return self._room(results, bench["needed_mb"])
         if self._task.args["action"] == "unpack":
             return self._unpack(results, self._task.args["run"], bench, task_vars or {})
+        if self._task.args["action"] == "profile":
+            return self._profile(results, bench, task_vars or {})
         return self._report(results, bench, task_vars or {})
+
+    @staticmethod
+    def _place(results: Path, run_id: str) -> Path:
+        """Return a run's folder; profiles have one of their own, because their figures are no benchmark's."""
+        return results / "profiles" / run_id if run_id.startswith(profile_spec.PREFIX) else results / run_id
 
     @staticmethod
     def _room(results: Path, needed_mb: int) -> dict[str, Any]:
@@ -58,7 +65,8 @@ class ActionModule(ActionBase):
         return {"changed": False}
 
     def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
-        name, folder = run["run_id"], results / run["run_id"]
+        name, folder = run["run_id"], self._place(results, run["run_id"])
+        folder.parent.mkdir(exist_ok=True)
         come = {client: self._opened(results / ".incoming" / client, name) for client in bench["clients"]}
         shares = {client: path for client, path in come.items() if path}
         try:
@@ -155,8 +163,8 @@ class ActionModule(ActionBase):
             "hosts": hosts,
         }
 
-    def _report(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
-        folder = results / bench["run_id"]
+    def _keep(self, folder: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> None:
+        """Write the manifest and the units' logs into a run's folder."""
         plan, settings = task_vars["__pd_planned"]["pd_plan"], task_vars["__pd_planned"]["pd_settings"]
         made = manifest.make(plan, settings, self._about(task_vars, bench))
         (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
@@ -165,6 +173,26 @@ class ActionModule(ActionBase):
         for host in task_vars["ansible_play_hosts_all"]:
             for unit, text in task_vars["hostvars"][host].get("__pd_logs", {}).get("logs", {}).items():
                 (logs / f"{host}-{unit}.log").write_text(text + "\n")
+
+    def _profile(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+        folder = self._place(results, bench["run_id"])
+        self._keep(folder, bench, task_vars)
+        for host in bench["traces"]:
+            come = self._opened(results / ".incoming" / host, bench["run_id"])
+            for worker in sorted((come / "traces").glob("*")) if come else []:
+                # Ranks of one worker come from several hosts.
+                shutil.copytree(worker, folder / "traces" / worker.name, dirs_exist_ok=True)
+            if come:
+                shutil.rmtree(come)
+        read = self._pdbench(["traces", str(folder)])
+        display.display("\n" + read.stdout.rstrip() + f"\n\ntraces and figures: {folder}\n")
+        if read.returncode:
+            raise AnsibleActionFail(f"the profile is not whole; what there is, is kept:\n{read.stderr.strip()[-2000:]}")
+        return {"changed": True, "folder": str(folder)}
+
+    def _report(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+        folder = results / bench["run_id"]
+        self._keep(folder, bench, task_vars)
         gate = self._pdbench(["gate", str(folder), "--max-error-rate", str(bench["max_error_rate"])])
         report = self._pdbench(["report", str(folder)])
         latest = results / "latest"

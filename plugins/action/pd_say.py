@@ -20,6 +20,7 @@ display = Display()
 NEXT = {
     "deploy": "next: ansible-playbook bench.yml    (ansible-playbook teardown.yml stops everything)",
     "bench": "",
+    "profile": "",
     "rebalance": "",
     "teardown": "next: ansible-playbook deploy_pd.yml",
 }

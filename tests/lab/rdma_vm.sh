@@ -1,6 +1,7 @@
 #!/bin/bash
 # A real RDMA device where the machine's kernel has none: SoftRoCE (rxe0 on eth0, 10.0.0.1) in Debian's kernel in a VM that is
 # emulated in software.  usage: rdma_vm.sh [CMD]   runs CMD in the VM (default: an RC ping-pong), powers off; its exit status.
+# What lies in the folder $RDMA_VM_ADD is in the VM, too, which has $RDMA_VM_MB of memory and $RDMA_VM_TIMEOUT seconds.
 # Debian packages: qemu-system-x86 mmdebstrap cpio. The first run makes the VM (a minute or two); later ones boot in seconds.
 set -euo pipefail
 cmd=${1:-'ibv_rc_pingpong -d rxe0 -g 1 -n 200 >/dev/null & sleep 3; ibv_rc_pingpong -d rxe0 -g 1 -n 200 10.0.0.1'}
@@ -15,7 +16,7 @@ if [ ! -e "$work/root.cpio" ]; then
     (cd deb && apt-get download -q "$package" >/dev/null 2>&1)
     dpkg-deb -x deb/linux-image-*.deb k; rm -r deb
     kv=$(ls k/lib/modules); cp "k/boot/vmlinuz-$kv" vmlinuz
-    mmdebstrap -q --variant=minbase --include=kmod,iproute2,rdma-core,ibverbs-utils,ibverbs-providers \
+    mmdebstrap -q --variant=minbase --include=kmod,iproute2,rdma-core,ibverbs-utils,ibverbs-providers,python3,libnuma1,libcurl4 \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt=force-unsafe-io \
         --aptopt='Acquire::Check-Valid-Until "false"' "$(. /etc/os-release; echo "$VERSION_CODENAME")" root \
         $(ls /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -E '\.(list|sources)$')
@@ -49,7 +50,8 @@ fi
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 echo "$cmd" > "$tmp/cmd"
 (cd "$tmp" && echo cmd | cpio -o -H newc --quiet) | cat "$work/root.cpio" - > "$tmp/initrd"
-timeout "${RDMA_VM_TIMEOUT:-180}" qemu-system-x86_64 -accel tcg -machine q35 -cpu max -smp 1 -m 2000 -nographic -no-reboot \
+[ -z "${RDMA_VM_ADD:-}" ] || (cd "$RDMA_VM_ADD" && find -L . -mindepth 1 | cpio -o -L -H newc --quiet) >> "$tmp/initrd"
+timeout "${RDMA_VM_TIMEOUT:-180}" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu max -smp 2 -m "${RDMA_VM_MB:-2000}" -nographic -no-reboot \
     -nodefaults -serial stdio -kernel "$work/vmlinuz" -initrd "$tmp/initrd" -append 'console=ttyS0 quiet panic=-1' \
     < /dev/null | tee "$tmp/out"
 grep -q 'rdma-vm: exit 0' "$tmp/out"

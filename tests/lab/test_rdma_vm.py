@@ -1,9 +1,10 @@
-"""The facts of RDMA devices against a real one: SoftRoCE in a VM emulated in software (rdma_vm.sh), read from its sysfs."""
+"""A real RDMA device, SoftRoCE in a VM emulated in software (rdma_vm.sh): its facts, and the KV path probe over it."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlib import rdma
+from pdlib import probe_verdict, rdma
 
+REPO = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("rdma_vm.sh")
 NEEDS = {"qemu-system-x86": "qemu-system-x86_64", "mmdebstrap": "mmdebstrap", "cpio": "cpio"}
 #: In the VM: its sysfs as it stands, a ping-pong over the GID that is right, and its sysfs once the link is down.
@@ -76,3 +78,47 @@ def test_a_real_device_is_read_as_its_own_tools_read_it(tmp_path: Path) -> None:
     assert rdma.peermem(root)["kernel"]
     (row,) = rdma.ports(_tree(said, "down", tmp_path / "down"))
     assert (row["state"], row["fabric"]) == ("DOWN", "roce")
+
+
+#: What of an engine's virtualenv the transfer engines are; Mooncake's variant for CPUs uses the system's libibverbs.
+PACKAGES = (
+    *("nixl", "nixl_cu13", "nixl_cu13.libs", ".nixl_cu13.mesonpy.libs", "nixl*.dist-info", "nixl_meta_utils.py"),
+    *("mooncake", "mooncake_*", "numpy", "numpy.libs"),
+)
+#: NIXL's wheel has a libibverbs of its own, with a driver of mlx5 alone: here it gets the system's, which knows rxe.
+PROBE = """
+for library in /site/nixl_cu13.libs/libibverbs-*; do ln -sf /usr/lib/x86_64-linux-gnu/libibverbs.so.1 $library; done
+ulimit -l unlimited
+PYTHONPATH=/site python3 /probe/tests/rdma_probe.py mooncake nixl
+"""
+
+
+def _added(folder: Path) -> Path:
+    """What the VM has beside its own: transfer engines that a deployment of the real engine has installed, and the probe."""
+    sites = sorted(REPO.glob(".pd/install-cpu/sglang-[0-9]*/lib/python3.*/site-packages"))
+    if not sites:
+        pytest.skip("no transfer engines to try: make test-real installs them")
+    found = [path for name in PACKAGES for path in sites[-1].glob(name)]
+    assert {"nixl_cu13", "mooncake"} <= {path.name for path in found}
+    added = {f"site/{path.name}": path for path in found}
+    added |= {f"probe/tests/{path.name}": path for path in (REPO / "tests/probe_ends.py", REPO / "tests/lab/rdma_probe.py")}
+    tool = "library/module_utils/pdlib/probe_tool.py"
+    for name, path in {**added, f"probe/{tool}": REPO / tool}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.skipif(bool(unfit()), reason=unfit())
+def test_the_transfer_engines_move_bytes_over_a_real_device(tmp_path: Path) -> None:
+    env = {**os.environ, "RDMA_VM_ADD": str(_added(tmp_path)), "RDMA_VM_MB": "4000", "RDMA_VM_TIMEOUT": "800"}
+    done = subprocess.run([SCRIPT, PROBE], capture_output=True, text=True, check=False, timeout=1150, env=env)
+    said = done.stdout.replace("\r", "")
+    ends = {name: {"host": name, "address": "10.0.0.1", "python": "python3", "gpu": None} for name in ("p", "d")}
+    for backend in ("mooncake", "nixl"):
+        assert f"=={backend}==" in said, said[-3000:] + done.stderr[-2000:]
+        result = json.loads(said.split(f"=={backend}==")[1].split("==end==")[0])
+        work = {"backend": backend, "op": "write", "ends": ends}
+        verdict = probe_verdict.judge(work, {"from": "p", "to": "d", "expected": "rdma"}, result)
+        assert (verdict["ok"], verdict["seen"]) == (True, "rdma"), verdict
+        print(f"{backend} over rxe0: {result['bytes'] >> 20} MiB, {result['gb_s'] * 1e3:.1f} MB/s, {result['latency_us']:.0f} us")

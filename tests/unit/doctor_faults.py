@@ -359,6 +359,13 @@ def _mtu(f: Facts) -> None:
     f["hosts"]["n2"]["rdma"][0]["mtu"] = 1500
 
 
+@fault("mtu", severity="info", where="RoCE netdevs", fabric="roce")
+def _small_mtu(f: Facts) -> None:
+    """Both ends of the RoCE network have an MTU of 1500, too small for RDMA frames of 4096."""
+    for name in ("n1", "n2"):
+        f["hosts"][name]["rdma"][0]["mtu"] = 1500
+
+
 @fault("numa", severity="warning", where="n1 prefill-0")
 def _far_nic(f: Facts) -> None:
     """The planned HCA is on the other socket."""
@@ -568,6 +575,13 @@ def _failures_now(f: Facts) -> None:
 def _failed_to_get(f: Facts) -> None:
     """The decode worker's log has "Failed to get kvcache"."""
     f["hosts"]["n2"]["units"][0]["log"]["kv"] = "KVTransferError(bootstrap_room=1): Failed to get kvcache from prefill instance"
+
+
+@fault("kv-log", "pair", where="decode-0")
+def _fails_to_get(f: Facts) -> None:
+    """The decode worker's log has it, and a pair of it fails now."""
+    _failed_to_get(f)
+    _pair(f)
 
 
 @fault("transport", where="prefill-0 -> decode-0")

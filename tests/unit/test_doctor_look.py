@@ -200,6 +200,21 @@ def test_supervisords_log_says_how_often_a_unit_was_started_anew() -> None:
     assert doctor_look.supervisord_past(log, "pd-prefill-0") == (0, [])
 
 
+def test_systemd_says_how_often_and_whether_memory_was_the_reason() -> None:
+    shown = {"NRestarts=3\nResult=oom-kill\n": (3, True), "NRestarts=1\nResult=exit-code\n": (1, False), "": (0, False)}
+    for said, (count, memory) in shown.items():
+        found, why = doctor_look._systemd_past("pd-decode-0", answers({"systemctl show": (0, said, "")}))
+        assert (found, "want of memory" in why) == (count, memory), said
+
+
+def test_a_name_that_nobody_knows_has_no_address_and_a_folder_to_be_has_room(tmp_path: Path) -> None:
+    assert doctor_look._resolved("localhost") in ("127.0.0.1", "::1")
+    assert doctor_look._resolved("no-such-host.invalid") == ""
+    there, later = doctor_look._room(str(tmp_path)), doctor_look._room(str(tmp_path / "not" / "yet"))
+    assert later["total"] == there["total"] > there["free"] >= 0
+    assert later["path"] == str(tmp_path / "not" / "yet")
+
+
 # -- ways between hosts
 
 
@@ -219,6 +234,14 @@ def test_the_ways_of_a_plan() -> None:
     assert found["n2", "n3", 8000] == "the router"
     assert found["n2", "n1", 30000] == "HTTP of prefill-0 (metrics)"
     assert [key for key, what in found.items() if "ZMQ" in what] == [("n2", "n1", 12100), ("n2", "n1", 18300)]
+    # of several clients the first asks the workers, and all come to it and to the router
+    meet = {"address": "127.0.0.4", "port": 8890}
+    several = doctor_reach.ways(plan, ["n4", "n5", "n6"], {}, meet)
+    assert {(way["to"], way["port"]) for way in several if way["from"] == "n4"} == {("n1", 30000), ("n2", 30000), ("n3", 8000)}
+    for other in ("n5", "n6"):
+        assert {(way["to"], way["address"], way["port"]) for way in several if way["from"] == other} == {
+            ("n3", "127.0.0.3", 8000), ("n4", "127.0.0.4", 8890)
+        }  # fmt: skip
     # nothing within a host, and nothing for a plan that is not there
     assert not [way for way in found if way[0] == way[1]]
     assert doctor_reach.ways({}) == []
@@ -295,6 +318,25 @@ def test_a_port_where_nothing_can_listen_is_not_blamed_on_the_way() -> None:
         rows = both(doctor_reach.jobs([way], {"n1": [], "n2": []}), 1)
     (row,) = doctor_reach.heard(rows)["n1"]
     assert (row["state"], row["why"]) == ("unheard", "n2 cannot listen there: Address already in use")
+
+
+def test_a_host_that_came_when_the_other_was_gone_is_not_blamed_on_the_way() -> None:
+    way = {"from": "n1", "to": "n2", "address": "127.0.0.2", "port": free_port(), "what": "x"}
+    jobs = doctor_reach.jobs([way], {"n1": [], "n2": []})
+    began = time.monotonic()
+    rows = {"n2": doctor_reach.reach(jobs["n2"], 0.2)}
+    while doctor_reach.reach(jobs["n1"], 0.0)[0]["state"] == "open":
+        time.sleep(0.1)  # its thread may still take one that comes
+    gone = time.monotonic()
+    rows["n1"] = doctor_reach.reach(jobs["n1"], 0.2)
+    assert rows["n1"][0]["state"] == "refused"
+    (late,) = doctor_reach.heard(rows, {"n2": (began, gone), "n1": (gone, time.monotonic())})["n1"]
+    assert (late["state"], late["why"].startswith("n2 and n1 were examined one after the other")) == ("unheard", True)
+    # at the same time it is a refusal, and so is one of a service that is there
+    at_once = {"n2": (0.0, 5.0), "n1": (4.9, 9.0)}
+    assert doctor_reach.heard(rows, at_once)["n1"][0]["state"] == "refused"
+    rows["n1"] = [{**row, "direct": True} for row in rows["n1"]]
+    assert doctor_reach.heard(rows, {"n2": (0.0, 1.0), "n1": (2.0, 3.0)})["n1"][0]["state"] == "refused"
 
 
 def test_a_refusal_and_a_silence_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,9 @@ def test_the_profiles_of_the_setups_are_there_and_load() -> None:
 
 def test_only_what_was_measured_claims_to_be() -> None:
     assert profile.load("h200-qwen2.5-3b").measured_share > 0.5
-    assert all(profile.load(name).measured_share < 0.1 for name in profile.shipped() if name != "h200-qwen2.5-3b")
+    assert all(profile.load(name).measured_share < 0.1 for name in profile.shipped() if not name.startswith("h200-qwen2.5-3b"))
     assert all(
-        "not measured" in profile.load(name).description or name == "tiny"
+        "not measured" in profile.load(name).description or name in ("tiny", "rehearsal")
         for name in profile.shipped()
         if "h200-q" not in name or "gh" in name
     )

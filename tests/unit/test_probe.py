@@ -395,15 +395,20 @@ def test_a_matrix_that_is_too_wide_says_which_is_slowest() -> None:
 
 def test_in_a_container_the_probe_has_the_worker_s_image_devices_and_environment_and_nothing_of_its_files() -> None:
     image = "lmsysorg/sglang:v0.5.23@sha256:" + "0" * 64
-    made = cluster(
-        1, "1p1d", runtime="docker", engine_image=image, engine_env={"UCX_TLS": "rc"}, engine_container_args=["--privileged"]
-    )
-    todo = work(made)
+    mount = "type=bind,source=/opt/drivers,target=/opt/drivers"
+    own = ["--privileged", "--mount", mount, "--entrypoint", "x", "--volume", "/a:/a"]
+    options: Json = {"engine_image": image, "engine_env": {"UCX_TLS": "rc"}, "engine_container_args": own, "model": "/models/m"}
+    todo = work(cluster(1, "1p1d", runtime="docker", **options))
     end = probe.tasks(todo, "n1", "waiting", {})[0]
-    argv = probe_host.in_container(end["container"]["argv"], "python3", "kv-probe-x", "/work", "/work/probe_tool.py")
+    worker = end["container"]["argv"]
+    argv = probe_host.in_container(worker, "python3", "kv-probe-x", "/work", "/work/probe_tool.py")
     assert argv[:2] == ["docker", "run"]
     assert argv[-4:] == ["--entrypoint", "python3", image, "/work/probe_tool.py"]
     assert argv[argv.index("--name") + 1] == "kv-probe-x"
-    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--mount"] == ["type=bind,source=/work,target=/work"]
-    for word in ("--gpus", "--privileged", "UCX_TLS", "--interactive"):
+    assert argv[argv.index("--workdir") + 1] == "/work"
+    # of our folders the probe's alone; what the user adds, mounts among it, is as the worker has it
+    assert "/models/m" in " ".join(worker)
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--mount"] == [mount, "type=bind,source=/work,target=/work"]
+    assert argv[argv.index("--privileged") :][: len(own)] == own
+    for word in ("--gpus", "UCX_TLS", "--interactive"):
         assert word in argv

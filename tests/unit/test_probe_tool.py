@@ -91,6 +91,20 @@ def test_nobody_there_is_told_from_a_wrong_name(ends: Ends, tmp_path: Path) -> N
     assert f"{ADDRESS} port {port}" in results[0]["error"]
 
 
+def test_a_cut_path_is_told_from_a_refusal(ends: Ends, tmp_path: Path) -> None:
+    """Packets that are dropped on the way: here by a socket whose queue is full."""
+    with socket.socket() as server, socket.socket() as first, socket.socket() as second:
+        server.bind((ADDRESS, 0))
+        server.listen(0)
+        for sock in (first, second):
+            sock.setblocking(False)
+            sock.connect_ex(server.getsockname())
+        port = server.getsockname()[1]
+        (result,) = ends.moved(task(tmp_path, "move", "nixl", pairs=[pair(port)], connect_s=0.5), FILES)
+    assert (result["kind"], result["there"]) == ("silence", False)
+    assert f"no answer from {ADDRESS} port {port}" in result["error"]
+
+
 def test_who_has_no_token_gets_nothing(ends: Ends, tmp_path: Path) -> None:
     port = ends.waiting(task(tmp_path, "wait", "nixl"), FILES)
     with socket.create_connection((ADDRESS, port), timeout=20) as sock:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pdlib.errors import UserError
 from pdlib.ratio import Ratio, parse
-from pdlib.topology import Host, Placed, RoleShape, attempt, fitting_ratios, place
+from pdlib.topology import Host, Placed, RoleShape, attempt, fitting_ratios, fullest_ratios, place
 
 ROLES = ("prefill", "decode", "aggregated")
 Counts = tuple[int, ...]
@@ -450,3 +450,24 @@ def test_a_large_cluster_is_placed_and_the_message_made_in_reasonable_time() -> 
     assert len(set(made) & set(current)) == 56
     with pytest.raises(UserError, match=r"ratios that fit: 8p56d, .*, 64agg"):
         place(Ratio(50, 16), one_each(4), hosts, current)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_fullest_ratios_fit_cannot_grow_and_are_all(rng: random.Random) -> None:
+    groups = (("prefill", "aggregated"), ("decode", "aggregated"), ROLES)
+    hosts = [
+        Host(f"h{i}", {role: tuple(range(rng.randint(1, 3))) for role in rng.choice(groups)}, dict.fromkeys(ROLES, i))
+        for i in range(rng.randint(1, 3))
+    ]
+    shape = {role: RoleShape(rng.randint(1, 2)) for role in ROLES}
+    found = fullest_ratios(shape, hosts)
+    pairs = {(one.prefill, one.decode) for one in found if one.disaggregated}
+    for one in found:
+        assert attempt(one, shape, hosts, []) is not None
+    fits = {(p, d) for p in range(1, 10) for d in range(1, 10) if attempt(Ratio(p, d), shape, hosts, []) is not None}
+    assert pairs == {(p, d) for p, d in fits if not fits & {(p + 1, d), (p, d + 1)}}
+    sizes = {p * shape["prefill"].gpus + d * shape["decode"].gpus for p, d in pairs}
+    for one in found:
+        if not one.disaggregated and pairs:
+            assert one.aggregated * shape["aggregated"].gpus in sizes or one == found[-1]

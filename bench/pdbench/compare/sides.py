@@ -172,7 +172,7 @@ def _run(row: dict[Hashable, Any], few: bool, place: int) -> Run:
     requests = told = None
     if folder is not None:
         try:
-            requests = within.read(folder, point, _slo(folder, point)) if few else None
+            requests = within.read(folder, point, slo_of(folder, point)) if few else None
             asked = requests.asked if requests is not None else within.asked(folder, point)
             told = asked.tobytes() + _kind(folder).encode()
         except (OSError, ValueError):  # pyarrow's errors are ValueErrors
@@ -195,7 +195,8 @@ def _point(folder: Path, point: int) -> dict[str, Any]:
     return next((entry for i, entry in enumerate(entries) if entry.get("point", i) == point), {})
 
 
-def _slo(folder: Path, point: int) -> dict[str, float]:
+def slo_of(folder: Path, point: int) -> dict[str, float]:
+    """Return the goodput limits of a run's load point, {} without any."""
     found = _point(folder, point).get("goodput")
     return dict(found["slo"]) if isinstance(found, dict) else {}
 
@@ -212,7 +213,7 @@ def _kind(folder: Path) -> str:
 def limits(rows: pd.DataFrame) -> set[str]:
     """Return the goodput limits that the rows' runs had, as texts."""
     return {
-        json.dumps(_slo(Path(folder), int(point)), sort_keys=True)
+        json.dumps(slo_of(Path(folder), int(point)), sort_keys=True)
         for folder, point in zip(rows["folder"], rows["point"], strict=True)
         if folder
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import count
+from typing import Literal
 
 from pdbench.model.radix import pack
 from pdbench.model.rates import Rates
@@ -27,13 +28,17 @@ class Prompt:
 
 @dataclass
 class Outcome:
-    """What a client sees of one prompt; times in s of the run. `failed` says why it was refused."""
+    """What a client sees of one prompt; times in s of the run. `failed` says why it was refused.
+
+    `memory_wait`: how long it waited for memory (or a free place) on its decode worker, before prefill could begin, in s.
+    """
 
     prompt: Prompt
     sent: float
     tokens: list[float] = field(default_factory=list)
     cached_tokens: int = 0
     retractions: int = 0
+    memory_wait: float = 0.0
     failed: str = ""
 
     @property
@@ -45,6 +50,9 @@ class Outcome:
     def end(self) -> float:
         """Return when the last token came."""
         return self.tokens[-1]
+
+
+Role = Literal["prefill", "decode", "aggregated"]
 
 
 @dataclass
@@ -82,17 +90,28 @@ def deployment(rates: Rates, prefill: int, decode: int, aggregated: int = 0, **o
 class Simulation:
     """One run of a deployment under a load; workers must be idle at the start."""
 
-    def __init__(self, cluster: Deployment, *, message_s: float = 0.0, warm: bool = True) -> None:
-        """`message_s`: how long a word between two workers takes; `warm`: every pair has been used before."""
-        self._cluster, self._message_s = cluster, message_s
+    def __init__(self, cluster: Deployment, *, message_s: float = 0.0, warm: bool = True, every_token: bool = True) -> None:
+        """`message_s`: how long a word between two workers takes; `warm`: every pair has been used before.
+
+        `every_token`: outcomes keep the times of all tokens; without it, of the first and the last, which takes less memory.
+        """
+        self._cluster, self._message_s, self._every_token = cluster, message_s, every_token
+        for worker in (*cluster.prefill, *cluster.decode, *cluster.aggregated):
+            worker.every_token = every_token
         for sender in cluster.prefill if warm else ():
             for place in range(len(cluster.decode)):
                 sender.connect(f"decode-{place}")
-        self._workers = [*cluster.prefill, *cluster.decode, *cluster.aggregated]
+        self._pools: dict[Role, list[Worker]] = {
+            "prefill": cluster.prefill,
+            "decode": cluster.decode,
+            "aggregated": cluster.aggregated,
+        }
+        self._workers = [worker for pool in self._pools.values() for worker in pool]
+        #: places in the deployment's lists of the workers that take requests, and whose turn it is
+        self._open: dict[Role, list[int]] = {role: list(range(len(pool))) for role, pool in self._pools.items()}
+        self._turns: dict[Role, int] = dict.fromkeys(self._pools, 0)
         self._calls: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
-        self._prefill_turn, self._decode_turn = cycle(range(len(cluster.prefill) or 1)), cycle(range(len(cluster.decode) or 1))
-        self._aggregated_turn = cycle(range(len(cluster.aggregated) or 1))
         self._on_done: Callable[[float], None] | None = None
         self.now = 0.0
 
@@ -121,23 +140,59 @@ class Simulation:
         self._run()
         return outcomes
 
+    def serving(self, role: Role) -> list[int]:
+        """Return the places, in the deployment's list of a role, of the workers that take requests."""
+        return list(self._open[role])
+
+    def close(self, role: Role, place: int) -> Worker:
+        """Send a worker no more requests; it ends those that it has. The last one of a role cannot go (ValueError)."""
+        if self._open[role] == [place]:
+            raise ValueError(f"{role} {place} is the last one")
+        self._open[role].remove(place)
+        return self._pools[role][place]
+
+    def join(self, role: Role, worker: Worker) -> None:
+        """Let another worker take requests; every pair has been used before."""
+        pool = self._pools[role]
+        self._open[role].append(len(pool))
+        pool.append(worker)
+        self._workers.append(worker)
+        worker.every_token = self._every_token
+        for sender in self._cluster.prefill:
+            for place in range(len(self._cluster.decode)):
+                sender.connect(f"decode-{place}")
+
+    def leave(self, worker: Worker) -> None:
+        """Forget a worker that was closed and is idle."""
+        self._workers.remove(worker)
+
+    def at(self, when: float, action: Callable[[float], None]) -> None:
+        """Call `action` with the time when it is `when`, in s of the run."""
+        self._call(when, action)
+
     def _call(self, at: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._calls, (at, next(self._order), action))
 
     def _run(self) -> None:
         """Go from event to event; at equal times, what workers do comes before what reaches them."""
         while True:
-            worker = min(self._workers, key=lambda one: one.next_at)
-            at = worker.next_at
+            nexts = [worker.next_at for worker in self._workers]
+            at = min(nexts)
             call = self._calls[0][0] if self._calls else FOREVER
             if at == call == FOREVER:
                 return
             self.now = max(self.now, min(at, call))
             if at <= call:
+                worker = self._workers[nexts.index(at)]
                 for event in worker.advance(self.now):
                     self._route(event)
-                for token in worker.tokens(self.now):
-                    self._arrive(*token)
+                # Tokens on their way through the front end, too: it is settled when they arrive.
+                for due, request, number in worker.tokens(FOREVER):
+                    if request.way != "send":
+                        trip: _Trip = request.tag  # type: ignore[assignment]
+                        trip.outcome.tokens.append(due)
+                        if number == request.output_tokens - 1:
+                            self._ended(due, request, trip)
             else:
                 _, _, action = heapq.heappop(self._calls)
                 action(self.now)
@@ -148,9 +203,9 @@ class Simulation:
         try:
             if cluster.aggregated:
                 own = Request("local", prompt.prompt_tokens, prompt.output_tokens, ids, tag=_Trip(outcome, None, None, None))
-                cluster.aggregated[next(self._aggregated_turn)].submit(now, own)
+                cluster.aggregated[self._next("aggregated")].submit(now, own)
                 return
-            here, there = next(self._prefill_turn), next(self._decode_turn)
+            here, there = self._next("prefill"), self._next("decode")
             way = cluster.transport(here, there)
             trip = _Trip(outcome, None, cluster.prefill[here], cluster.decode[there])
             sender = Request("send", prompt.prompt_tokens, 1, ids, f"decode-{there}", way, trip)
@@ -163,6 +218,12 @@ class Simulation:
             self._done(now)
             return
         self._call(now + self._message_s, lambda at: cluster.decode[there].found(at, receiver))
+
+    def _next(self, role: Role) -> int:
+        """Return whose turn it is: round robin."""
+        taking, turn = self._open[role], self._turns[role]
+        self._turns[role] = turn + 1
+        return taking[turn % len(taking)]
 
     def _route(self, event: Event) -> None:
         trip = event.request.tag
@@ -177,16 +238,11 @@ class Simulation:
         else:
             self._call(event.at + self._message_s, lambda at: decode.deliver(at, receiver, sender.sent_bytes))
 
-    def _arrive(self, at: float, request: Request, number: int) -> None:
-        trip = request.tag
-        assert isinstance(trip, _Trip)
-        if request.way == "send":
-            return
-        trip.outcome.tokens.append(at)
-        if number == request.output_tokens - 1:
-            computed = trip.pair[0] if trip.pair else request
-            trip.outcome.cached_tokens, trip.outcome.retractions = computed.cached, request.retractions
-            self._call(at, self._done)
+    def _ended(self, at: float, request: Request, trip: _Trip) -> None:
+        computed, outcome = trip.pair[0] if trip.pair else request, trip.outcome
+        outcome.cached_tokens, outcome.retractions = computed.cached, request.retractions
+        outcome.memory_wait = computed.queued - computed.entered if trip.pair else 0.0
+        self._call(at, self._done)
 
     def _done(self, now: float) -> None:
         if self._on_done:

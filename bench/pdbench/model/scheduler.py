@@ -20,7 +20,7 @@ the prefix that a finished answer adds to the cache.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -128,11 +128,15 @@ class Worker:
         self.own_tokens = 0
         self.states: Counter[State] = Counter()
         self.slow_down_s = 0.0
+        #: without it, only the first and the last token of a request leave: all that some simulations ask for
+        self.every_token = True
         self.link_factor: Callable[[str], float] = lambda peer: 1.0
         self.on_step: Callable[[Step], None] | None = None
         #: hears of every first wait and forward pass of a request: SGLang's name of the stage, and its seconds
         self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.retracted = self.hit_tokens = self.asked_tokens = 0
+        #: seconds that its links were taken by KV, out and in, by transport
+        self.link_busy: defaultdict[str, float] = defaultdict(float)
         self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
         self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
         self._frontend_free = -FOREVER
@@ -195,6 +199,7 @@ class Worker:
             return
         key = request.transport
         took = self.rates.transfer_s(size, key) * self.link_factor(request.peer)
+        self.link_busy[key] += took
         here = max(now, self._ingress_free.get(key, -FOREVER) + took)
         self._ingress_free[key] = here
         self._at(here, lambda at: self._arrived(at, request))
@@ -229,7 +234,11 @@ class Worker:
         At most `most` leave at once; the others stay due, and `next_at` says so.
         """
         due = self._tokens
-        out: list[Token] = []
+        if most >= len(due) and due and due[-1][0] <= now:
+            out = list(due)
+            due.clear()
+            return out
+        out = []
         while due and due[0][0] <= now and len(out) < most:
             out.append(due.popleft())
         return out
@@ -377,10 +386,14 @@ class Worker:
         if not (self._prealloc or self._retracted):
             return
         holding = len(self._running) + len(self._ready) + self.states["transfer"]
+        if holding >= self.limits.max_running:
+            return
         reserved = self.limits.reserved
-        lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
-        retractable = sum(r.context for r in self._running)
-        room = self._free() - max(reserved * holding, lone - retractable)
+        least, retractable = reserved * holding, self._context
+        if least < CLIP_MAX_NEW_TOKENS:  # what a lone request lacks is never more than that
+            lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
+            least = max(least, lone - retractable)
+        room = self._free() - least
         while self._retracted and holding < self.limits.max_running:
             request = self._retracted[0]
             if request.context + reserved > room and holding:
@@ -392,7 +405,12 @@ class Worker:
             self._take(request.own)
             self._set(request, "ready")
             self._ready.append(request)
-        for request in [r for r in self._prealloc if r.matched]:
+        waiting, place = self._prealloc, 0
+        while place < len(waiting):
+            request = waiting[place]
+            if not request.matched:
+                place += 1
+                continue
             if holding >= self.limits.max_running:
                 return
             whole = request.prompt_tokens + min(request.output_tokens, CLIP_MAX_NEW_TOKENS)
@@ -401,7 +419,7 @@ class Worker:
                 return
             room -= request.prompt_tokens + reserved
             holding += 1
-            self._prealloc.remove(request)
+            del waiting[place]
             request.own = request.prompt_tokens
             self._take(request.own)
             request.queued = now
@@ -530,7 +548,9 @@ class Worker:
         key = request.transport
         way = self.rates.profile.transports[key]
         start = max(now, self._egress_free.get(key, -FOREVER))
-        end = start + self.rates.transfer_s(size, key) * self.link_factor(request.peer)
+        took = self.rates.transfer_s(size, key) * self.link_factor(request.peer)
+        self.link_busy[key] += took
+        end = start + took
         self._egress_free[key] = end
         connected = self._connected.setdefault(request.peer, start + way.setup_ms / 1e3)
         if last:
@@ -561,13 +581,24 @@ class Worker:
     def _end_decode(self, now: float) -> None:
         self._busy = False
         stay = []
+        # `_emit` for every request, written out: nothing else of a simulation runs as often.
+        put, cost, every = self._tokens.append, self._frontend_token, self.every_token
+        at = max(self._frontend_free, now) if cost else now
         for request in self._running:
-            self._emit(now, request)
-            if request.generated < request.output_tokens:
+            index = request.generated
+            request.generated = index + 1
+            at += cost
+            if every:
+                put((at, request, index))
+            if index + 1 < request.output_tokens:
                 stay.append(request)
             else:
+                if not every:
+                    put((at, request, index))
                 self._context -= request.context - 1
                 self._finish(request)
+        if cost:
+            self._frontend_free = at
         self._running = stay
         self._context += len(stay)
         self._next(now)

@@ -35,13 +35,12 @@ A list of concurrencies or rates makes one load point each. Ctrl-C keeps what wa
 def main(argv: list[str]) -> int:
     """Run the verb and return its exit code."""
     try:
-        args = with_load_file(_parser(), argv)
+        args = with_load_file(parser(), argv)
         if args.recover is not None:
             return _recover(args.recover)
-        plan, folder = _plan(args)
+        plan, folder = planned(args)
         folder.check()
-        slots = max((load.concurrency or 1 for load in plan.loads), default=1)
-        make_room(-(-slots // plan.share.of), plan.processes)
+        make_ready(plan)
     except LoadError as why:
         return _say(why, 2)
     except OSError as why:
@@ -55,6 +54,12 @@ def main(argv: list[str]) -> int:
         return _say(f"cannot write in {args.output}: {why.strerror or why}{kept}", 1)
     except RuntimeError as why:
         return _say(f"gave up: {why or type(why).__name__}", 1)
+
+
+def make_ready(plan: Plan) -> None:
+    """Make sure that the process may open as many connections as the load needs; raise LoadError otherwise."""
+    slots = max((load.concurrency or 1 for load in plan.loads), default=1)
+    make_room(-(-slots // plan.share.of), plan.processes)
 
 
 async def _run(plan: Plan, folder: Folder) -> int:
@@ -74,7 +79,8 @@ def _recover(path: Path) -> int:
     return 3
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; `pdbench profile` adds to it."""
     p = load_options.Parser(
         prog="pdbench run",
         description="Load an endpoint, record every request, summarise.",
@@ -129,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _plan(args: argparse.Namespace) -> tuple[Plan, Folder]:
+def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
     """Check every option and return what to do; raise LoadError at the first that is wrong."""
     if not args.output:
         raise LoadError("--output DIR is missing")

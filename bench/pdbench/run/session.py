@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from pdbench import __version__
 from pdbench.load.requests import Load
@@ -45,12 +45,28 @@ class CannotMeasureError(Exception):
     """Nothing could be measured; the message says why."""
 
 
+class Visitor(Protocol):
+    """Who does something to the workers beside the load; ``why``: what makes the figures no benchmark's."""
+
+    why: str
+
+    async def before(self) -> None:
+        """Act between warm-up and measurement."""
+
+    async def during(self) -> None:
+        """Act beside warm-up and measurement; cancelled when the measurement has ended."""
+
+    async def after(self) -> None:
+        """Leave the workers as they were; called whatever happened."""
+
+
 class Session:
     """One run, from the probe to the table; `run` returns the exit code."""
 
-    def __init__(self, plan: Plan, folder: Folder) -> None:
+    def __init__(self, plan: Plan, folder: Folder, visitor: Visitor | None = None) -> None:
         """Take what to do and where to write; the folder is not touched yet."""
         self._plan = plan
+        self._visitor = visitor
         self._folder = folder
         self._stop = asyncio.Event()
         self._fault: BaseException | None = None
@@ -166,7 +182,7 @@ class Session:
                 start = perf_counter()
                 self._watches[number] = watch = Watch()
                 look = partial(self._look, number, load) if self._looks else None
-                warm = partial(self._warm, evidence, start) if evidence is not None and warmups else None
+                warm = partial(self._warm, evidence if warmups else None, start)
                 api = self._plan.target.api
                 agree = partial(meeting.begin, number, start, len(part.requests))
                 work = run_point(crew, self._progress, number, api, part, bodies, start, watch, warm, look, agree)
@@ -182,7 +198,10 @@ class Session:
 
     async def _together(self, number: int, load: Load, work: Coroutine[None, None, None]) -> None:
         """Run a point, wait until the other clients have, too, and decide together whether to go on."""
-        await work
+        if self._visitor is None:
+            await work
+        else:
+            await self._visited(self._visitor, work)
         await self._meeting.ended(number, self._asked(number))
         why, last = "", number == len(self._plan.loads) - 1
         if self._plan.stop_saturated and self._meeting.leads and not last:
@@ -190,6 +209,21 @@ class Session:
             if await asyncio.to_thread(oversaturated, records, load):
                 why = f"{load_name(self._plan.setup.points[number])} was over-saturated (--stop-saturated)"
         self._not_run = await self._meeting.go_on(why, last)
+
+    @staticmethod
+    async def _visited(visitor: Visitor, work: Coroutine[None, None, None]) -> None:
+        """Run a point with a visitor beside it; what goes wrong with the visitor ends the point."""
+        visit, point = asyncio.create_task(visitor.during()), asyncio.create_task(work)
+        try:
+            await asyncio.wait({visit, point}, return_when=asyncio.FIRST_COMPLETED)
+            if visit.done():
+                visit.result()
+            await point
+        finally:
+            for task in (visit, point):
+                task.cancel()
+            await asyncio.gather(visit, point, return_exceptions=True)
+            await visitor.after()
 
     def _asked(self, number: int) -> int:
         """Return how many requests this client was to send at a point, in the end."""
@@ -229,9 +263,12 @@ class Session:
                 write_json(self._folder.evidence, {"schema": 1, **verified, "points": self._evidence})
                 write_metrics(self._folder.server_metrics, evidence.rows)
 
-    async def _warm(self, evidence: Evidence, start: float) -> None:
+    async def _warm(self, evidence: Evidence | None, start: float) -> None:
         """Ask the servers between warm-up and measurement, so that their timers can be told apart."""
-        self._evidence[-1]["begin"] = await evidence.snapshot(perf_counter() - start)
+        if evidence is not None:
+            self._evidence[-1]["begin"] = await evidence.snapshot(perf_counter() - start)
+        if self._visitor is not None:
+            await self._visitor.before()
 
     async def _look(self, number: int, load: Load) -> None:
         self._ended_early[number] = await self._looks.watch(self._folder.journal, number, load, lambda: self._progress.done)
@@ -253,6 +290,7 @@ class Session:
             missing.append(f"the share of client {share.number} of {share.of} alone: `pdbench merge` puts them together")
         if not self._complete:
             missing += [f"stopped: {len(self._watches)} of {len(self._plan.loads)} load points were begun"]
+        missing += [self._visitor.why] if self._visitor is not None else []
         summary = self._folder.finish(self._as_sent(), self._clients(), missing, self._not_run)
         self._progress.state = "done" if self._complete else "stopped"
         self._progress.write()

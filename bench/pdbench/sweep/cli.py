@@ -25,8 +25,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("spec", type=Path, metavar="SPEC", help="the sweep's file, such as sweeps/local-demo.yml")
     made.add_argument("-i", "--inventory", help=f"of cells that name none (default: {DEFAULT_INVENTORY})")
     made.add_argument("-l", "--limit", metavar="PATTERN", help="only these hosts, as for ansible-playbook")
-    made.add_argument("--output", type=Path, metavar="DIR", help="the sweep's folder (default: results/sweeps/NAME)")
+    made.add_argument("--output", type=Path, metavar="DIR", help="the sweep's folder (default: results/sweeps/NAME[-rehearsal])")
     made.add_argument("--resume", action="store_true", help="go on with the folder: what has no valid run is measured")
+    made.add_argument(
+        "--rehearse", action="store_true", help="in short and on emulated workers of this machine, before hosts are rented"
+    )
     made.add_argument("--dry-run", action="store_true", help="check and plan all, print the order and its cost; contact no host")
     return made
 

@@ -103,7 +103,7 @@ def make(found: Sequence[Cell], baseline: bool, resolve: Resolve) -> Planned:
         inputs = resolve(inventory, list(deployments.values()))
         for key, given, deploy in zip(deployments, inputs["cases"], deployments.values(), strict=True):
             first = next(cell for cell in found if cell.deployment == key)
-            made.clusters[key] = _checked(first, partial(_cluster, inputs, given, deploy))
+            made.clusters[key] = _checked(first, partial(cluster_of, inputs, given, deploy))
     for cell in found:
         _plan(made, cell)
     if baseline:
@@ -121,7 +121,8 @@ def _checked(cell: Cell, call: Callable[[], Any]) -> Any:
         raise UserError(f"cell {cell.id}: {error}") from None
 
 
-def _cluster(inputs: Json, given: Json, deploy: Json) -> Cluster:
+def cluster_of(inputs: Json, given: Json, deploy: Json) -> Cluster:
+    """Return the cluster that an inventory describes; ``given``: variables by host, as `Resolve` returns them for ``deploy``."""
     hosts = {host: settings.host_settings(host, values, deploy) for host, values in given.items()}
     limit = frozenset(inputs["limit"]) if inputs["limit"] is not None else None
     return Cluster(inputs["groups"], settings.cluster_settings(hosts), hosts, limit)

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,17 @@ class Plays:
         tick: Callable[[str], None],
         fetched: Set[str] = frozenset(),
         steal: bool = False,
+        begun: Iterable[str] = (),
     ):
         """Take what all plays of the sweep share.
 
         ``loads``: as `grid.loads` numbers them. ``tick``: shows a play's last line. ``fetched``: deployments whose model is
-        fetched by us. ``steal``: take over the deployment's lock, once.
+        fetched by us. ``steal``: take over the deployment's lock, once. ``begun``: inventories on which an earlier session began
+        a cell, and may have left workers.
         """
         self.folder, self.limit, self.loads, self.tick, self.fetched, self.steal = folder, limit, loads, tick, fetched, steal
-        self.inventory = ""
+        #: inventories on which something of ours may be up
+        self.up = list(dict.fromkeys(begun))
         self.fetching: tuple[str, Play, threading.Thread] | None = None
 
     def _play(self, playbook: str, cell: Cell, variables: Mapping[str, Any], log: Path) -> Play:
@@ -159,17 +162,25 @@ class Plays:
         """Run `deploy_pd.yml`; a cluster that was measured before on another inventory is torn down first."""
         self._end_fetch()
         log = folder / "deploy.log"
-        if self.inventory and self.inventory != cell.inventory:
-            before = Play("teardown.yml", {}, inventory_path(self.inventory), self.limit, self.folder / SCRATCH, log)
-            before.wait(self.tick)
-            if before.rc:
-                return Ended(FAILED, f"teardown of {self.inventory}: {before.why}")
+        ended = self.take_down(log, keep=cell.inventory)
+        if ended.how != FINISHED:
+            return ended
+        self.up = [cell.inventory]
         given = {**cell.deploy, "steal_lock": True} if self.steal else cell.deploy
         play = self._play("deploy_pd.yml", cell, given, log)
-        self.inventory = cell.inventory
         if play.rc:
             return Ended(FAILED, play.why)
         self.steal = False
+        return Ended()
+
+    def take_down(self, log: Path, keep: str = "") -> Ended:
+        """Run `teardown.yml` for every inventory on which something may be up, but ``keep``."""
+        for inventory in [one for one in self.up if one != keep]:
+            play = Play("teardown.yml", {}, inventory_path(inventory), self.limit, self.folder / SCRATCH, log)
+            play.wait(self.tick)
+            if play.rc:
+                return Ended(FAILED, f"teardown of {inventory}: {play.why}")
+            self.up.remove(inventory)
         return Ended()
 
     def measure(self, cell: Cell, repeat: int, folder: Path) -> Ended:

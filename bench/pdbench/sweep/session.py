@@ -9,12 +9,13 @@ import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pdbench.sweep import grid, journal, order, planning, plays, spec, table
+from pdbench.sweep import grid, journal, order, planning, plays, rehearsal, spec, table
 from pdbench.sweep.checkout import ROOT
 from pdbench.sweep.cli import DEFAULT_INVENTORY, INTERRUPTED, INVALID, VALID
 from pdbench.sweep.drive import Sweep
@@ -28,6 +29,8 @@ Json = dict[str, Any]
 def run(args: argparse.Namespace) -> int:
     """Plan, print the order, measure; return the exit code. Raise UserError for what cannot be."""
     read = spec.read(args.spec)
+    if args.rehearse:
+        read = replace(read, name=f"{read.name}-rehearsal", repeats=1)
     folder = args.output or ROOT / "results" / "sweeps" / read.name
     before = journal.load(folder)
     if args.resume:
@@ -35,8 +38,14 @@ def run(args: argparse.Namespace) -> int:
     elif before is not None and not args.dry_run:
         raise UserError(f"{folder} holds a sweep already: --resume goes on with it, --output begins another one elsewhere")
     cells = _cells(before, args) if args.resume and before else grid.cells(read, args.inventory or DEFAULT_INVENTORY)
-    baseline = read.baseline and not args.resume
-    planned = planning.make(cells, baseline, lambda where, deployments: plays.resolve(where, deployments, args.limit))
+
+    def resolve(where: str, deployments: Sequence[Json]) -> Json:
+        return plays.resolve(where, deployments, args.limit)
+
+    if args.rehearse and not args.resume:
+        planned = rehearsal.plan(cells, read.baseline, resolve, ROOT / ".pd" / "rehearsal")
+    else:
+        planned = planning.make(cells, read.baseline and not args.resume, resolve)
     keys = list(planned.plans)
     numbers = [keys.index(cell.deployment) for cell in planned.cells]
     made, plain = order.arrange(numbers, read.repeats, lambda n, running: planned.replan(keys[n], running))
@@ -78,6 +87,10 @@ def _check_same(folder: Path, before: Json | None, read: spec.Spec, args: argpar
     changed = journal.difference(before["spec"], read.raw)
     if changed:
         raise UserError(f"{args.spec} is not what {folder} was begun with: {changed}. Put it back, or begin anew with --output")
+    if before.get("rehearsal", False) != args.rehearse:
+        raise UserError(
+            f"{folder} holds {'no' if args.rehearse else 'a'} rehearsal: {'leave out' if args.rehearse else 'give'} --rehearse"
+        )
     if before.get("limit") != args.limit:
         was = f"-l {before['limit']}" if before.get("limit") else "no -l"
         raise UserError(f"{folder} was begun with {was}: its cells would be placed elsewhere; give the same")
@@ -94,6 +107,7 @@ def _begin(
         "inventory": args.inventory or DEFAULT_INVENTORY,
         "limit": args.limit, "created": datetime.now(UTC).isoformat(timespec="seconds"), "repeats": read.repeats,
         "cells": [cell.to_json() for cell in planned.cells], "order": [list(one) for one in wanted],
+        **({"rehearsal": True} if args.rehearse else {}),
     })  # fmt: skip
 
 
@@ -122,6 +136,7 @@ def _measure(
         folder, args.limit, grid.loads(planned.cells), view.tick,
         fetched=frozenset(key for key, one in planned.clusters.items() if one.cluster["model_source"] in ("hub", "rsync")),
         steal=last is not None and last["host"] != socket.gethostname(),
+        begun=[cell.inventory for cell in planned.cells if any(kept.attempts(cell.id, n + 1) for n in range(read.repeats))],
     )  # fmt: skip
     driver.collect_interrupted()
     print(flush=True)
@@ -137,6 +152,8 @@ def _measure(
         return INTERRUPTED
     finally:
         driver.close()
+        if args.rehearse:
+            _take_down(driver, folder)
     text, good = table.results(folder, planned.cells, read.repeats, kept)
     print(f"\n{text}\n")
     _finish(folder)
@@ -148,11 +165,25 @@ def _measure(
     return VALID if good else INVALID
 
 
+def _take_down(driver: plays.Plays, folder: Path) -> None:
+    """End the workers of a rehearsal: nobody asked for them by name, so nobody would look for them."""
+    print("\ntaking the emulated workers down", flush=True)
+    try:
+        with plays.interruptible():
+            ended = driver.take_down(folder / "teardown.log")
+            why = ended.why
+    except KeyboardInterrupt:
+        why = "interrupted"
+    if why:
+        print(f"emulated workers may still run on this machine ({why}); {folder / 'teardown.log'}", file=sys.stderr)
+
+
 def _again(args: argparse.Namespace) -> str:
     words = ["pdbench sweep", str(args.spec)]
     words += ["-i", args.inventory] if args.inventory else []
     words += ["-l", args.limit] if args.limit else []
     words += ["--output", str(args.output)] if args.output else []
+    words += ["--rehearse"] if args.rehearse else []
     return " ".join([*words, "--resume"])
 
 

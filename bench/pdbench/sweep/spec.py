@@ -29,7 +29,7 @@ ALIASES = {
 INVENTORY = "inventory"
 _KEYS = ("name", "fixed", "grid", "cells", "repeats", "retries", "requests", "baseline", "fetch_ahead")
 #: Arguments of single commands, which the sweep gives itself or which make no sense in it.
-_NOT_SWEPT = ("run_label", "results_dir", "plan_dir", "current_plan", "purge", "steal_lock", "manifest")
+_NOT_SWEPT = ("run_label", "results_dir", "plan_dir", "current_plan", "purge", "steal_lock", "manifest", "advise_profile")
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,15 @@ _MOONCAKE = (15000, 17000)
 
 
 def ways(
-    plan: Mapping[str, Any], clients: Sequence[str] = (), ranges: Optional[Mapping[str, Sequence[int]]] = None
+    plan: Mapping[str, Any],
+    clients: Sequence[str] = (),
+    ranges: Optional[Mapping[str, Sequence[int]]] = None,
+    meet: Optional[Mapping[str, Any]] = None,
 ) -> List[Json]:
     """Return the ways that a deployment needs: {from, to, address, port, what}, hosts by name; within a host there are none.
 
-    ``clients``: the bench clients; ``ranges``: host -> (first, last) of the ports that its kernel gives out, of which ZMQ takes any.
+    ``clients``: the bench clients, of which the first asks workers for their metrics; ``meet``: the ``address`` and ``port`` at
+    which the others come to it. ``ranges``: host -> (first, last) of the ports that its kernel gives out, of which ZMQ takes any.
     """
     workers = {worker["name"]: worker for worker in plan.get("workers", [])}
     found: Dict[Tuple[str, str, int], Json] = {}
@@ -58,10 +62,12 @@ def ways(
         way(plan["router"]["host"], head, head["port"], f"HTTP of {worker['name']}")
         for rank in worker["ranks"][1:]:
             way(rank["host"], head, head.get("dist_init_port"), f"rendezvous of {worker['name']}")
-    for client in clients if plan else ():
+    for place, client in enumerate(clients if plan else ()):
         way(client, plan["router"], plan["router"]["port"], "the router")
-        for worker in workers.values():
+        for worker in workers.values() if place == 0 else ():
             way(client, worker["ranks"][0], worker["ranks"][0]["port"], f"HTTP of {worker['name']} (metrics)")
+        if meet:
+            way(client, {"host": clients[0], "address": meet["address"]}, meet["port"], "where bench clients meet")
     return list(found.values())
 
 
@@ -198,10 +204,11 @@ def reach(job: Mapping[str, Any], window_s: float) -> List[Json]:
     return rows
 
 
-def heard(rows: Mapping[str, Sequence[Json]]) -> Dict[str, List[Json]]:
+def heard(rows: Mapping[str, Sequence[Json]], spans: Optional[Mapping[str, Tuple[float, float]]] = None) -> Dict[str, List[Json]]:
     """Return host -> its connections, those without a listener at the other end marked as "unheard".
 
-    ``rows``: what :func:`reach` returned on each host; one that gave no answer has none.
+    ``rows``: what :func:`reach` returned on each host; one that gave no answer has none. ``spans``: host -> (first, last) second
+    at which it was certainly at it, by one clock: two hosts of which one came when the other was gone did not meet.
     """
     silent = {
         (row["address"], row["port"]): row["why"] for listed in rows.values() for row in listed if row["state"] == "no listener"
@@ -213,8 +220,18 @@ def heard(rows: Mapping[str, Sequence[Json]]) -> Dict[str, List[Json]]:
             if row["state"] == "no listener":
                 continue
             why = silent.get((row["address"], row["port"]))
-            if why is None and not row["direct"] and row["state"] == "refused" and row["to"] not in rows:
-                why = f"{row['to']} was not there to listen"
+            if why is None and not row["direct"] and row["state"] == "refused":
+                if row["to"] not in rows:
+                    why = f"{row['to']} was not there to listen"
+                elif not _met(spans or {}, host, row["to"]):
+                    why = f"{row['to']} and {host} were examined one after the other: fewer hosts with -l, or more forks (-f)"
             missing = why is not None and row["state"] != "open"
             result[host].append({**row, "state": "unheard", "why": why} if missing else row)
     return result
+
+
+def _met(spans: Mapping[str, Tuple[float, float]], one: str, other: str) -> bool:
+    """Whether two hosts were certainly at it at the same time; also where nothing is known of the times."""
+    if one not in spans or other not in spans:
+        return True
+    return max(spans[one][0], spans[other][0]) < min(spans[one][1], spans[other][1])

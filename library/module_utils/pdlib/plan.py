@@ -11,7 +11,7 @@ from . import engines, flags, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
-from .topology import Host, Placed, RoleShape, attempt, place
+from .topology import Host, Placed, RoleShape, attempt, fullest_ratios, place
 
 GROUPS = ("prefill_nodes", "decode_nodes", "router", "bench_clients")
 ROLE_GROUPS = {"prefill": ("prefill_nodes",), "decode": ("decode_nodes",), "aggregated": ("prefill_nodes", "decode_nodes")}
@@ -201,6 +201,19 @@ class Planner:
             transfer.check(name, self.engine.name, self.inputs.hosts[name])
             for role in self.ratio.counts():
                 self._engine_args(name, role)
+
+    def ratios(self) -> List[ratios.Ratio]:
+        """Return the ratios that use the inventory's GPUs as far as they go, and aggregated workers on as many."""
+        shared = [name for name in self.worker_hosts if self.inputs.hosts[name]["gpus_shared"]]
+        if shared:
+            raise UserError(
+                f"host {shared[0]}: gpus_shared is set: how workers that share a GPU slow each other down is not known"
+            )
+        return fullest_ratios(self.shape, [self._host(name) for name in self.worker_hosts])
+
+    def check_fits(self) -> None:
+        """Refuse a ratio that the hosts have no room for."""
+        self._placement()
 
     # -- placement
 

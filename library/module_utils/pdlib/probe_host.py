@@ -178,18 +178,25 @@ def _groups(user: str) -> List[int]:
 
 
 def in_container(argv: Sequence[str], python: str, name: str, folder: str, script: str) -> List[str]:
-    """Return a worker's container command that runs the probe instead: its image, devices and environment, our folder alone."""
-    words: List[str] = []
-    rest = list(argv)
-    while rest[0] != "--entrypoint":
-        word = rest.pop(0)
+    """Return a worker's container command that runs the probe instead: its image, devices and environment.
+
+    Of our folders the probe gets its own alone (the model may not be there yet); what the user mounts by
+    ``engine_container_args`` stays, as a transfer engine may need it. Ours stand before the first ``--env``, the user's after.
+    """
+    whole = list(argv)
+    entry = len(whole) - 1 - whole[::-1].index("--entrypoint")
+    first = whole.index("--env") if "--env" in whole[:entry] else entry
+    kept: List[str] = []
+    ours = iter(whole[:first])
+    for word in ours:
         if word == "--mount":
-            rest.pop(0)
+            next(ours)
         elif word in ("--name", "--workdir"):
-            rest.pop(0)
-            words += [word, name if word == "--name" else folder]
+            next(ours)
+            kept += [word, name if word == "--name" else folder]
         else:
-            words.append(word)
+            kept.append(word)
     # The image stands after the entrypoint and its value.
     mount = f"type=bind,source={folder},target={folder}"
-    return [*words, "--interactive", "--mount", mount, "--entrypoint", python, rest[2], script]
+    own = ["--interactive", "--mount", mount, "--entrypoint", python, whole[entry + 2], script]
+    return [*kept, *whole[first:entry], *own]

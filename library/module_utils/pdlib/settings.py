@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from . import bench_load
 from .errors import UserError, did_you_mean, nearest
-from .variables import BENCH, CLUSTER, HOST, VARIABLES, VERB, Variable
+from .variables import BENCH, CLUSTER, HOST, ONLY_TYPED, VARIABLES, VERB, Variable
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 #: How alike an inventory's own variable must be to one of ours to be called a misspelling.
@@ -38,7 +38,7 @@ def check_inventory_names(names: Mapping[str, Iterable[str]]) -> None:
         for name in given:
             if name in VARIABLES or name.startswith(("ansible_", "_")):
                 continue
-            meant = nearest(name, VARIABLES, _TYPO_CUTOFF)
+            meant = nearest(name, [known for known in VARIABLES if known not in ONLY_TYPED], _TYPO_CUTOFF)
             if meant:
                 raise UserError(f"inventory: host {host} sets {name}, which does nothing; did you mean {meant}?")
 

@@ -316,6 +316,17 @@ def _frontier(
     return {first // nodes[0]: second // nodes[-1] for first, second in sorted(best.items()) if first % nodes[0] == 0}
 
 
+def fullest_ratios(shape: Mapping[str, RoleShape], hosts: Sequence[Host]) -> List[Ratio]:
+    """Return every NpMd to which no decode worker can be added, and aggregated workers on as many GPUs as these have."""
+    best = _frontier(("prefill", "decode"), shape, hosts, [])
+    pairs = [Ratio(p, d) for p, d in best.items() if p and d and best.get(p + 1, 0) < d]
+    most = max(_frontier(("aggregated",), shape, hosts, []), default=0)
+    sizes = {(one.prefill * shape["prefill"].gpus + one.decode * shape["decode"].gpus) for one in pairs}
+    each = shape["aggregated"].gpus
+    replicas = {size // each for size in sizes if size % each == 0 and size // each <= most} or {most} - {0}
+    return pairs + [Ratio(aggregated=count) for count in sorted(replicas)]
+
+
 def fitting_ratios(shape: Mapping[str, RoleShape], hosts: Sequence[Host], current: Sequence[Placed]) -> List[str]:
     """Return the largest ratios that fit, at most nine: for some N the NpMd with the largest M, and the largest Nagg."""
     pairs = [(p, d) for p, d in _frontier(("prefill", "decode"), shape, hosts, current).items() if p and d]

@@ -53,7 +53,13 @@ def _table() -> Dict[str, Variable]:
     v = Variable
     rows = [
         # -- the deployment
-        v("ratio", "str", "1p1d", CLUSTER, "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`."),
+        v(
+            "ratio",
+            "str",
+            "1p1d",
+            CLUSTER,
+            "Workers of each role: `3p1d`, `agg` (one aggregated worker) or `4agg`; for `bench.yml`, `auto`, too.",
+        ),
         v("engine", "str", "sglang", CLUSTER, "The engine; `emulated` needs no GPU and says so everywhere."),
         v("engine_version", "str", None, CLUSTER, "The engine's version; not set: the engine's default."),
         v("model", "str", None, CLUSTER, "Model path or hub name, as the engine takes it."),
@@ -428,8 +434,49 @@ def _table() -> Dict[str, Variable]:
             choices=("pdbench", "sglang", "vllm"),
         ),
         # -- verbs
+        v(
+            "advise_profile",
+            "list",
+            [],
+            VERB,
+            "How fast the GPUs are, for `bench.yml -e ratio=auto`: a profile by name or file, or `HOST=PROFILE,HOST=PROFILE`.",
+        ),
         v("run_label", "str", "", VERB, "Words for the run's folder name and report."),
         v("results_dir", "str", "results", VERB, "Where runs go on the controller, relative to the checkout."),
+        v(
+            "role",
+            "str",
+            None,
+            VERB,
+            "Of `profile.yml`, with `-e` only: whose forward steps are recorded.",
+            choices=("prefill", "decode"),
+        ),
+        v("profile_steps", "int", 10, VERB, "`profile.yml`: forward steps to record on every worker of the role.", minimum=1),
+        v(
+            "profile_slow_down",
+            "float",
+            5.0,
+            VERB,
+            "`profile.yml`, role decode: sleep before every step while a batch is gathered; 0: do not.",
+            minimum=0.0,
+            unit="s",
+        ),
+        v(
+            "profile_batch",
+            "int",
+            None,
+            VERB,
+            "`profile.yml`, role decode: requests that every worker gathers; not set: all of the load that fit into it.",
+            minimum=1,
+        ),
+        v("profile_timeout", "int", 600, VERB, "`profile.yml`: for gathering the batch.", minimum=1, unit="s"),
+        v(
+            "profile_activities",
+            "list",
+            ["CPU", "GPU"],
+            VERB,
+            "`profile.yml`: what SGLang records: `CPU` and `GPU` are torch's profiler, `CUDA_PROFILER` starts and stops NVIDIA's.",
+        ),
         v("plan_dir", "str", ".pd/plan", VERB, "Where `plan.yml` writes, relative to the checkout."),
         v("current_plan", "str", None, VERB, "A deployed plan.json that `plan.yml` starts from, so that placement is sticky."),
         v(
@@ -464,3 +511,5 @@ def _table() -> Dict[str, Variable]:
 
 
 VARIABLES: Dict[str, Variable] = _table()
+#: Names that people give to variables of their own, too: of these only an ``-e`` is meant for us.
+ONLY_TYPED = ("role",)

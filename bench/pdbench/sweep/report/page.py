@@ -117,7 +117,7 @@ def _commands(sweep: Sweep) -> list[str]:
     if source:
         return []
     path = str(sweep.about.get("spec_file") or "SPEC.yml")
-    commands = [f"pdbench sweep {path}{given}"]
+    commands = [f"pdbench sweep {path}{given}{' --rehearse' if sweep.about.get('rehearsal') else ''}"]
     row = next((row for row in sweep.rows if row.get("run") and (sweep.run(row) / "manifest.json").is_file()), None)
     if row:
         commands.append(

@@ -65,7 +65,9 @@ class Sweep:
         """Return what stands below every figure: that no GPU was used, or that a model is not whole."""
         runs = {config.label: RunData(self.folder, plan) for config, plan in self.plans.items()}
         emulated = {cell.config.label for cell in self.table.cells for row in cell.rows if row.get("emulated") is True}
-        lines = []
+        lines = ["this is a rehearsal, a sweep in short: it shows that the sweep runs, and measures nothing"] * bool(
+            self.about.get("rehearsal")
+        )
         for why, named in (
             ("the engine was emulated", emulated | {label for label, run in runs.items() if run.emulated}),
             ("the engine ran on a CPU", {label for label, run in runs.items() if run.no_gpu and not run.emulated}),

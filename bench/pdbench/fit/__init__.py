@@ -1,0 +1,1 @@
+"""`pdbench fit`: the performance model's figures, fitted to measured runs; what is said of runs that were not used for it."""
