@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -44,7 +44,7 @@ lint: setup-dev
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
 REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
 	profile.py advise_verbs.py)
-# Whole sweeps and ratio=auto, a play for every cell: ten minutes and more, in no other target
+# Whole sweeps and ratio=auto, a play for every cell, and rebalance.yml: ten minutes and more, in no other target
 SWEEPS := $(addprefix tests/local/test_,sweep_plays.py auto.py verbs_rebalance.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
@@ -58,7 +58,7 @@ test-real: setup-dev tiny-model
 	$(BIN)/pytest -n 3 --dist loadfile $(REAL_TOO)
 	$(BIN)/pytest tests/real -o timeout=900
 
-# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, and bench.yml -e ratio=auto
+# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, bench.yml -e ratio=auto, and rebalance.yml under requests
 test-sweeps: setup-dev
 	$(BIN)/pytest -n 2 --dist loadfile $(SWEEPS) -o timeout=1800 --durations=10
 
@@ -92,6 +92,10 @@ test-rdma: setup-dev
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
 	$(BIN)/pytest tests/lab/test_real_engine.py -o timeout=900
+
+# Ten changes of ratio and 10,000 requests and more, by restart and in place: half an hour, docs/results/rebalance.md
+test-lab-rebalance: setup-dev lab-deps
+	PD_REBALANCE_CHANGES=10 $(BIN)/pytest tests/lab/test_rebalance.py -s -o timeout=3600
 
 lab-deps: setup
 	@$(LAB) deps

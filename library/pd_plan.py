@@ -83,7 +83,11 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown"], "required": True},
+            "verb": {
+                "type": "str",
+                "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown"],
+                "required": True,
+            },
             "discovered": {"type": "bool", "default": False},
             "show": {"type": "bool", "default": False},
         },

@@ -32,7 +32,9 @@ from ansible.module_utils.basic import AnsibleModule
 def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
-        argument_spec={"verb": {"type": "str", "choices": ["deploy", "bench", "profile", "rebalance", "teardown"], "required": True}},
+        argument_spec={
+            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "rebalance", "teardown"], "required": True}
+        },
         supports_check_mode=True,
     )
     module.fail_json(msg="pd_say runs on the controller: use the checkout's ansible.cfg, which names plugins/action")

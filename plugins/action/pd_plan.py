@@ -24,8 +24,7 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, profile_spec  # noqa: E402
-from pdlib import settings, tables, transfer, units  # noqa: E402
+from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, profile_spec, settings, tables, transfer, units  # noqa: E402
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, ONLY_TYPED, VARIABLES, VERB  # noqa: E402
 

@@ -55,11 +55,8 @@ class ActionModule(ActionBase):
             text = self._moved(variables.get("ansible_facts", {}).get("pd_moved", []), planned["pd_moves"]["moves"])
         if plan:
             members = variables.get("__pd_router", {})
-            changes = (
-                []
-                if verb == "rebalance"
-                else [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
-            )
+            left = [] if verb == "rebalance" else planned["pd_leaving"]
+            changes = [f"let go of {name}" for name in left] + members.get("changes", [])
             text += f"\nrouter: {tables.grouped(changes)}" if changes else ""
             pairs = members.get("pairs") or []
             if pairs:

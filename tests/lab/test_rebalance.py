@@ -1,8 +1,6 @@
 """The ratio changes while clients are served: no request fails, also none when a host dies half-way (docs/rebalance.md).
 
-`make test-lab` lets a host die. The rest takes half an hour (`make test-lab-rebalance`, docs/results/rebalance.md):
-
-    PD_REBALANCE_CHANGES=10 PD_REBALANCE_RATE=40 .venv/bin/pytest tests/lab/test_rebalance.py -s -o timeout=3600
+`make test-lab` lets a host die. The rest takes half an hour: `make test-lab-rebalance` (docs/results/rebalance.md).
 """
 
 from __future__ import annotations
