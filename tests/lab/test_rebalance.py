@@ -226,7 +226,7 @@ def test_a_controller_that_dies_half_way_is_run_again(four: Controller) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_request_fails_while_the_ratio_changes(four: Controller, mode: str, tmp_path: Path) -> None:
     pd, folder = four, tmp_path / "run"
-    pd.play("deploy_pd.yml", "-e", "ratio=3p1d", *MODES[mode]).good()
+    pd.play("deploy_pd.yml", "-e", "ratio=3p1d", *MODES[mode], timeout_s=600).good()
     lines = {f"h3/{name}" for name in units("h3") if "router" in name}
     before = pids(*ALL)
     changes: list[tuple[str, tuple[float, float], tuple[float, float]]] = []
