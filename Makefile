@@ -1,4 +1,4 @@
-# make setup | demo | test | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test fuzz test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -53,10 +53,16 @@ test: setup-dev
 	 tests=0; $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(REAL_TOO) $(SWEEPS)) || tests=$$?; \
 	 linted=0; wait $$lint || linted=$$?; cat .pd/lint.log; exit $$((tests + linted))
 
+# Bad input for as long as one likes: it prints the seed, and of what fails the smallest input. ARGS="--seed 7 --only trace" repeats one
+fuzz: setup-dev
+	PYTHONPATH=tests:bench:library/module_utils $(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) $(ARGS)
+
+# Both at once, as in `test`: an engine that starts has a core for itself, and plays wait for it
 test-real: setup-dev tiny-model
 	@tools/real_packages.sh
-	$(BIN)/pytest -n 3 --dist loadfile $(REAL_TOO)
-	$(BIN)/pytest tests/real -o timeout=900
+	@mkdir -p .pd; $(BIN)/pytest -n 2 --dist loadfile $(REAL_TOO) >.pd/real-too.log 2>&1 & too=$$!; \
+	 tests=0; $(BIN)/pytest tests/real -o timeout=900 || tests=$$?; \
+	 others=0; wait $$too || others=$$?; cat .pd/real-too.log; exit $$((tests + others))
 
 # The shipped sweeps rehearsed on the emulated engine, one killed and resumed, bench.yml -e ratio=auto, and rebalance.yml under requests
 test-sweeps: setup-dev

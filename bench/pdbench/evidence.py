@@ -22,9 +22,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from pdbench import shapes
 from pdbench.engines import Engine, engine
 from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
+from pdbench.reading import json_of
 from pdbench.records import replacing
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
@@ -71,7 +73,9 @@ class Deployment:
 def read_plan(path: Path) -> Deployment:
     """Read plan.json; raise LoadError with what is wrong."""
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json_of(path.read_text(encoding="utf-8"))
+        if fault := shapes.wrong(plan, shapes.PLAN):
+            raise ValueError(fault)
         workers = plan["workers"]
         by_name = {str(worker["name"]): worker for worker in workers}
         return Deployment(
@@ -86,7 +90,7 @@ def read_plan(path: Path) -> Deployment:
         )
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as why:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as why:
         raise LoadError(f"{path} is no plan.json as `plan.yml` writes it: {type(why).__name__} {why}") from None
 
 
@@ -174,7 +178,7 @@ class Evidence:
 
     async def _unprofiled(self, url: str, path: str) -> str:
         try:
-            info = json.loads(await self._text(f"{url}/server_info"))
+            info = json_of(await self._text(f"{url}/server_info"))
         except (_Silent, ValueError):
             return "unknown"
         if not isinstance(info, dict) or "profiling" not in info:

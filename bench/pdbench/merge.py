@@ -8,7 +8,6 @@ run as a whole is as late, as slow and as busy as the worst of them.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from pdbench import shapes
 from pdbench.gate.rundata import CLIENTS, SELFCHECK
 from pdbench.metrics import Stats
+from pdbench.reading import json_of
 from pdbench.records import Record, read_parquet, write_json
 from pdbench.run.folder import Folder, read_setup
 from pdbench.run.share import SHARE
@@ -124,7 +125,7 @@ def merge(output: Path, folders: Sequence[Path]) -> Json:
 def read_part(path: Path) -> Part:
     """Return the share that stands in a folder; raise OSError, ValueError, KeyError, TypeError when there is none."""
     folder = Folder(path)
-    told, summary = _json(path / SHARE), _json(folder.summary)
+    told, summary = _json(path / SHARE, shapes.SHARE), _json(folder.summary, shapes.SUMMARY)
     number, of = told["share"]
     points = {int(point["point"]): point for point in told["points"]}
     for point in points.values():
@@ -141,16 +142,16 @@ def read_part(path: Path) -> Part:
         clients={point["point"]: point["client"] for point in figures},
         ended_early={point["point"]: point["ended_early"] for point in figures if "ended_early" in point},
         not_run=next((point["why"] for point in summary["not_run"]), ""),
-        progress=_json(folder.progress),
+        progress=_json(folder.progress, shapes.PROGRESS),
         selfcheck=_json(path / SELFCHECK) if (path / SELFCHECK).exists() else {},
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise TypeError(f"{path.name} is no JSON object")
-    return found
+def _json(path: Path, shape: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = json_of(path.read_text(encoding="utf-8"))
+    if fault := shapes.wrong(found, shape or {}):
+        raise TypeError(f"{path.name}: {fault}")
+    return dict(found)
 
 
 def _why_none(path: Path, why: Exception) -> str:

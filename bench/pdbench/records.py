@@ -76,7 +76,10 @@ class Record:
 
 
 _NAMES = tuple(f.name for f in fields(Record))
+_TYPES = {f.name: str(f.type) for f in fields(Record)}
 _KEYS = frozenset(_NAMES)
+#: types of the fields of records that were found to be right
+_SOUND: set[tuple[type, ...]] = set()
 _LATER = {"conversation", "turn"}
 
 
@@ -91,9 +94,21 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             if not line.endswith("\n"):
                 return
             try:
-                yield Record.from_mapping(orjson.loads(line))
+                yield _typed(Record.from_mapping(orjson.loads(line)))
             except (ValueError, TypeError, AttributeError) as why:
                 raise ValueError(f"{path}, line {number}: {why}") from None
+
+
+def _typed(record: Record) -> Record:
+    """Return the record; raise ValueError when a field holds what the run's columns cannot."""
+    kinds = tuple(type(getattr(record, name)) for name in _NAMES)
+    if kinds not in _SOUND:
+        for name, kind in zip(_NAMES, kinds, strict=True):
+            wanted = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}.get(_TYPES[name], (list,))
+            if kind not in wanted:
+                raise ValueError(f"{name} is {getattr(record, name)!r}")
+        _SOUND.add(kinds)
+    return record
 
 
 def schema() -> pyarrow.Schema:
@@ -137,7 +152,12 @@ def read_parquet(path: Path) -> list[Record]:
     """Return the records of ``requests.parquet``; raise OSError or ValueError when it is not one."""
     import pyarrow.parquet as pq
 
-    return [Record.from_mapping(row) for row in pq.read_table(path).to_pylist()]
+    table = pq.read_table(path)
+    kinds = {column.name: column.type for column in table.schema}
+    for column in schema():
+        if kinds.get(column.name, column.type) != column.type:
+            raise ValueError(f"the column {column.name} is {kinds[column.name]}, not {column.type}")
+    return [Record.from_mapping(row) for row in table.to_pylist()]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,21 @@ from ansible.utils.vars import load_extra_vars
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import bench_peers, bench_spec, engines, moves, plan, probe, processes, profile_spec, settings, tables, transfer, units  # noqa: E402
+from pdlib import (  # noqa: E402
+    bench_peers,
+    bench_spec,
+    engines,
+    moves,
+    plan,
+    plan_file,
+    probe,
+    processes,
+    profile_spec,
+    settings,
+    tables,
+    transfer,
+    units,
+)
 from pdlib.errors import UserError, listing  # noqa: E402
 from pdlib.variables import BENCH, ONLY_TYPED, VARIABLES, VERB  # noqa: E402
 
@@ -239,13 +253,15 @@ class ActionModule(ActionBase):
         if verb == "plan" and not named:
             return None
         try:
-            return dict(json.loads(path.read_text()))
+            text = path.read_text()
         except FileNotFoundError:
             if named:
                 raise UserError(f"current_plan={named}: there is no such file") from None
             return None
-        except ValueError as error:
-            raise UserError(f"{path} is not a plan ({error})") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+        right = "name another one, or leave current_plan out" if named else "take the file away, and deploy_pd.yml makes it anew"
+        return plan_file.parse(text, str(path), right)
 
     @staticmethod
     def _inventory() -> str:
@@ -306,7 +322,8 @@ class ActionModule(ActionBase):
         stale: set[str] = set()
         if (folder / "plan.json").exists():
             # Only what an earlier plan wrote here goes; everything else in the folder is the user's.
-            old = json.loads((folder / "plan.json").read_text())
+            text = (folder / "plan.json").read_bytes().decode("utf-8", "replace")
+            old = plan_file.parse(text, f"{folder}/plan.json", "it is no earlier plan of ours; name another plan_dir")
             stale = {f"{host}/{name}" for host in old["hosts"] for name in units.rendered_files(old, host)} - set(wanted)
         changed = False
         for name, text in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import platform
@@ -21,7 +22,7 @@ from ansible.utils.display import Display
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import manifest, profile_spec  # noqa: E402
+from pdlib import manifest, profile_spec, sbom  # noqa: E402
 
 display = Display()
 
@@ -166,13 +167,30 @@ class ActionModule(ActionBase):
     def _keep(self, folder: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> None:
         """Write the manifest and the units' logs into a run's folder."""
         plan, settings = task_vars["__pd_planned"]["pd_plan"], task_vars["__pd_planned"]["pd_settings"]
-        made = manifest.make(plan, settings, self._about(task_vars, bench))
+        about = self._about(task_vars, bench)
+        bill = json.dumps(self._bill(plan, settings, about["hosts"]), indent=1) + "\n"
+        (folder / sbom.FILE).write_text(bill)
+        about["sbom"] = {"file": sbom.FILE, "sha256": hashlib.sha256(bill.encode()).hexdigest()}
+        made = manifest.make(plan, settings, about)
         (folder / "manifest.json").write_text(json.dumps(made, indent=1) + "\n")
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
         for host in task_vars["ansible_play_hosts_all"]:
             for unit, text in task_vars["hostvars"][host].get("__pd_logs", {}).get("logs", {}).items():
                 (logs / f"{host}-{unit}.log").write_text(text + "\n")
+
+    @staticmethod
+    def _bill(plan: dict[str, Any], settings: dict[str, Any], hosts: dict[str, Any]) -> dict[str, Any]:
+        """What the deployment is made of, from the locks that its virtualenvs were made from."""
+        steps = {
+            step.split(":", 1)[-1]
+            for entry in plan["hosts"].values()
+            for row in entry["installs"]
+            for step in row["requirements"]
+        }
+        texts = {step: (ROOT / step).read_text() for step in steps if (ROOT / step).is_file()}
+        facts = {host: entry["found"] for host, entry in hosts.items()}
+        return sbom.make(plan, facts, texts, settings.get("model_sha256") or "")
 
     def _profile(self, results: Path, bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
         folder = self._place(results, bench["run_id"])
@@ -183,7 +201,8 @@ class ActionModule(ActionBase):
                 # Ranks of one worker come from several hosts.
                 shutil.copytree(worker, folder / "traces" / worker.name, dirs_exist_ok=True)
             if come:
-                shutil.rmtree(come)
+                # A host none of whose workers wrote a trace sends an empty archive.
+                shutil.rmtree(come, ignore_errors=True)
         read = self._pdbench(["traces", str(folder)])
         display.display("\n" + read.stdout.rstrip() + f"\n\ntraces and figures: {folder}\n")
         if read.returncode:

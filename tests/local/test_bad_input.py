@@ -72,6 +72,25 @@ def test_refused_before_any_host_is_touched(checkout: Checkout, name: str) -> No
     assert checkout.processes() == []
 
 
+def test_an_inventory_that_cannot_be_read_is_no_empty_success(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    (checkout.folder / "broken.yml").write_text("all:\n  hosts: [\n")
+    for path, what in (("inventory/nowhere", "inventory/nowhere"), ("broken.yml", "broken.yml"), ("inventory/slurm", "salloc")):
+        failed = checkout.play("plan.yml", "-i", path)
+        assert failed.code != 0, failed.text
+        assert what in failed.text
+        assert "Traceback" not in failed.text
+
+
+def test_a_slurm_allocation_is_an_inventory(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NODELIST": "127.0.0.[2-3]", "ID": "77"}.items():
+        monkeypatch.setenv(f"SLURM_JOB_{name}", value)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    planned = checkout.play("plan.yml", "-i", "inventory/slurm", "-e", "ratio=2p1d").good()
+    for row in ("prefill-0  127.0.0.2", "prefill-1  127.0.0.2", "decode-0   127.0.0.3"):
+        assert row in planned.text, planned.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

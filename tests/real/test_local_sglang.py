@@ -130,10 +130,11 @@ def test_conversations_find_their_earlier_turns_in_the_prefix_cache(real: Real) 
     assert third["cumulative_latency_ms"]["p50"] > second["cumulative_latency_ms"]["p50"] > first["cumulative_latency_ms"]["p50"]
 
 
-@pytest.mark.parametrize(("role", "output_tokens", "steps"), [("decode", 40, 5), ("prefill", 4, 2)])
-def test_a_role_is_profiled_by_torch_s_own_profiler(real: Real, role: str, output_tokens: int, steps: int) -> None:
+@pytest.mark.parametrize(("role", "batch", "output_tokens", "steps"), [("decode", 6, 40, 5), ("prefill", 30, 4, 2)])
+def test_a_role_is_profiled_by_torch_s_own_profiler(real: Real, role: str, batch: int, output_tokens: int, steps: int) -> None:
+    """Prefill has five of these prompts in a step: the load is six steps long, and two are recorded while there is a queue."""
     load: dict[str, object] = {"role": role, "profile_steps": steps, "profile_slow_down": 0.5, "bench_api": "generate"}
-    load |= {"bench_batch": "6", "bench_input_len": "400", "bench_output_len": str(output_tokens)}
+    load |= {"bench_batch": str(batch), "bench_input_len": "400", "bench_output_len": str(output_tokens)}
     real.play("profile.yml", "-e", "ratio=1p1d", *extra(load)).good()
     (run,) = (real.checkout.folder / "results" / "profiles").glob(f"*-{role}")
     (name, worker) = next(iter(json.loads((run / "traces.json").read_text())["workers"].items()))
@@ -144,8 +145,8 @@ def test_a_role_is_profiled_by_torch_s_own_profiler(real: Real, role: str, outpu
     assert any(kernel["name"].startswith("aten::") for kernel in trace["kernels"])
     if role == "decode":
         # Slowed down, decode gathered the whole batch before it was released.
-        assert worker["gathered"] == worker["wanted"] == 6
-        assert trace["batch"] == {"min": 6, "max": 6}
+        assert worker["gathered"] == worker["wanted"] == batch
+        assert trace["batch"] == {"min": batch, "max": batch}
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert not list(real.checkout.state("cpu").glob("run/*/profiles/*"))
 

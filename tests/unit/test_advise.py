@@ -15,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdbench.advise import check, cli, rank, say, simulate
+from pdbench.advise import check, cli, fitted, rank, say, simulate
 from pdbench.advise.draw import picture
 from pdbench.advise.layout import STAGES, Layout, alike, of_plan, rates_of
 from pdbench.advise.pool import pool
 from pdbench.advise.simulate import Work, redrawn
+from pdbench.fit.cases import Case
+from pdbench.load.errors import LoadError
 from pdbench.load.lengths import Lengths
 from pdbench.load.requests import Load
 from pdbench.load.trace import Row
@@ -28,6 +30,7 @@ from pdbench.model import profile
 from pdbench.model.cluster import Prompt
 from pdbench.model.profile import Profile
 from pdbench.sweep import tidy
+from pdlib import ratio as ratios
 
 TINY, H200 = profile.load("tiny"), profile.load("h200-qwen2.5-3b")
 LIMITS = Slo(ttft_ms=1500, tpot_ms=40)
@@ -261,6 +264,21 @@ def test_leave_one_out_fits_without_the_ratio_that_it_predicts() -> None:
         check.leave_one_out(rows[rows["ratio"] == "2p2d"], fit, lambda shared: pool(shared, 1))
 
 
+def test_profiles_are_fitted_to_runs_those_that_moved_caches_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(ratio: str, transport: str) -> Case:
+        decode = ratios.parse(ratio).decode
+        return Case(ratio, ratio, decode, decode, 1 - decode, 1, transport, ((1, 1),), 1, (), 0, 0, False, {})
+
+    runs = {"a": [case("agg", "cuda_ipc"), case("agg", "cuda_ipc")], "b": [case("1p1d", "tcp")], "c": [case("1p1d", "rdma")]}
+    monkeypatch.setattr(fitted, "read", lambda folder: runs[folder.name])
+    rows = pd.DataFrame({"folder": ["a", "b"], "point": [1, 0], "ratio": ["agg", "1p1d"]})
+    assert [found.transport for found in fitted.cases(rows)] == ["tcp", "cuda_ipc"]
+    with pytest.raises(LoadError, match="different transports"):
+        fitted.cases(rows.assign(folder=["b", "c"], point=[0, 0]))
+    with pytest.raises(LoadError, match=r"a \.csv has none"):
+        fitted.cases(rows.assign(folder=""))
+
+
 def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measured(H200, loads=(4,), repeats=1).drop(columns=["folder", "side"])
     # what a published table has: not every column
@@ -289,6 +307,8 @@ def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--check", "nowhere", "--profile", "tiny"], 1, "nowhere"),
         (["--check", "x.csv"], 2, "--check needs --profile"),
         (["--check", "x.csv", "--profile", "tinny"], 2, "did you mean tiny"),
+        (["--leave-one-out"], 2, "goes with --check PATH"),
+        (["--check", "x.csv", "--leave-one-out", "--profile", "n1=tiny"], 1, "x.csv: No such file"),
         (["--seeds", "0"], 2, "--seeds must be at least 1"),
         (["-e", "ratoi=1p1d"], 2, "did you mean ratio"),
         (["-e", "ratio"], 2, "NAME=VALUE"),

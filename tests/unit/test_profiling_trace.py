@@ -122,6 +122,15 @@ def test_every_rank_must_have_a_trace(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((where / "traces.json").read_text())["workers"]["decode-0"]["ranks"] == 2
 
 
+def test_a_trace_without_a_step_is_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = folder(tmp_path / "p", 1)
+    write(where / "traces" / "decode-0" / "p-TP-0.trace.json.gz", [event("cpu_op", "aten::mm", 50, 20)])
+    told = json.loads((where / "profile.json").read_text())
+    (where / "profile.json").write_text(json.dumps({**told, "cut_short": ["decode-0"]}))
+    assert main([str(where)]) == 1
+    assert "decode-0 recorded none of 2 steps: the load was over" in capsys.readouterr().err
+
+
 def test_the_log_gives_throughput_and_gap(tmp_path: Path) -> None:
     where = folder(tmp_path / "p", 1)
     write(where / "traces" / "decode-0" / "p-TP-0.trace.json.gz", GPU)

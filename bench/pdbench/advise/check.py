@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
@@ -24,6 +23,7 @@ from pdbench.load.arrivals import schedule
 from pdbench.metrics import Slo
 from pdbench.model.cluster import Prompt
 from pdbench.model.profile import Profile
+from pdbench.reading import json_of
 from pdbench.records import MEASURE
 from pdbench.sweep import checkout as checkout  # pdlib comes from there
 from pdbench.sweep import tidy
@@ -102,7 +102,7 @@ def layout_of(row: Row, profile_of: Callable[[str], str]) -> Layout:
     """Return the deployment that a row was measured on: from its plan, else as far as the table tells."""
     folder = str(row["folder"])
     if folder:
-        plan = json.loads((Path(folder) / PLAN).read_text(encoding="utf-8"))
+        plan = json_of((Path(folder) / PLAN).read_text(encoding="utf-8"))
         return of_plan(plan, profile_of)
     ratio = ratios.parse(str(row["ratio"]))
     workers = sum(ratio.counts().values())

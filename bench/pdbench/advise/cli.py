@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pdbench.load.errors import LoadError
 from pdbench.load.requests import Load
 from pdbench.metrics import Slo
 from pdbench.model.profile import Profile, ProfileError, load, shipped
+from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.run import load_options
 from pdbench.run.load_options import above_zero, at_least, with_load_file
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
                 "--verify measures the load of the bench_* variables and keeps it in --output DIR: leave --check out, and give "
                 "load and limits as for bench.yml, such as -e bench_concurrency=32 -e bench_slo_ttft_ms=500"
             )
+        if args.leave_one_out and not args.check:
+            raise LoadError("--leave-one-out goes with --check PATH")
         if args.output is not None:
             args.output.mkdir(parents=True, exist_ok=True)
         return _check(args) if args.check else _advise(parser, args)
@@ -100,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (("ttft", "time to first token"), ("tpot", "time per output token"), ("e2e", "whole request")):
         judge.add_argument(f"--slo-{name}-ms", type=float, metavar="MS", help=f"rank by goodput: limit for the {what}")
     judge.add_argument("--check", metavar="PATH", help="a sweep or runs, as for `pdbench compare`: predicted beside measured")
+    judge.add_argument(
+        "--leave-one-out", action="store_true", help="with --check: predict each ratio with figures fitted to all the others"
+    )
     judge.add_argument("--verify", action="store_true", help="deploy and measure the best two, and say which won")
     p.add_argument("--output", type=Path, metavar="DIR", help="folder for advice.json and advice.png (with --check: check.json)")
     return p
@@ -116,7 +121,7 @@ def extra(given: Sequence[str]) -> Json:
                 found.update(dict(importlib.import_module("yaml").safe_load(Path(text[1:]).read_text(encoding="utf-8"))))
                 continue
             if text.startswith("{"):
-                found.update(json.loads(text))
+                found.update(json_of(text))
                 continue
         except (OSError, ValueError, TypeError) as why:
             raise errors.UserError(f"-e {text}: {why}") from None
@@ -227,7 +232,14 @@ def _check(args: argparse.Namespace) -> int:
         return name
 
     rows, notes = check.read(args.check)
-    found = check.predicted(rows, profile_of, profiles, partial(pool, processes=args.processes))
+    begin = partial(pool, processes=args.processes)
+    if args.leave_one_out:
+        if of_host:
+            raise LoadError("--leave-one-out fits one profile for all hosts: give --profile P without HOST=")
+        found = check.leave_one_out(rows, importlib.import_module("pdbench.advise.fitted").fitter(load(rest)), begin)
+        notes.append("each ratio was predicted with this profile, fitted to the runs of all the other ratios")
+    else:
+        found = check.predicted(rows, profile_of, profiles, begin)
     who = check.winners(rows, found)
     for one in profiles.values():
         print(say.grounds(one))

@@ -20,6 +20,7 @@ import pandas as pd
 from pdbench.compare import within
 from pdbench.compare.judge import ENOUGH, FIGURES, Run
 from pdbench.gate.rundata import SUMMARY, NotARun, summary_points
+from pdbench.reading import json_of
 from pdbench.sweep import tidy
 
 #: what makes a configuration, beside the variables that are no load
@@ -122,7 +123,7 @@ def keyed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def own_variables(text: str) -> dict[str, Any]:
     """Return the swept variables that are no load."""
-    found = json.loads(text or "{}")
+    found = json_of(text or "{}")
     return {name: value for name, value in found.items() if not name.startswith("bench_") and name not in _LOAD}
 
 
@@ -191,7 +192,7 @@ def _figure(row: dict[Hashable, Any], name: str) -> float:
 
 
 def _point(folder: Path, point: int) -> dict[str, Any]:
-    entries = summary_points(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+    entries = summary_points(json_of((folder / SUMMARY).read_text(encoding="utf-8")))
     return next((entry for i, entry in enumerate(entries) if entry.get("point", i) == point), {})
 
 
@@ -203,7 +204,7 @@ def slo_of(folder: Path, point: int) -> dict[str, float]:
 
 def _kind(folder: Path) -> str:
     """Return what else prompts are made of, so that runs with other ones are no pair."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = json_of((folder / SUMMARY).read_text(encoding="utf-8"))
     first = summary_points(summary)[0]
     return json.dumps(
         [summary.get("prompt"), *(first.get(name) for name in ("trace", "shared_prefix", "dataset"))], sort_keys=True

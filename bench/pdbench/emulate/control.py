@@ -14,6 +14,7 @@ from pdbench.emulate.engine import MODES, Engine, now
 from pdbench.emulate.faults import BadFaultError
 from pdbench.emulate.profiling import ProfileError, Profiler
 from pdbench.emulate.replies import openai_error
+from pdbench.reading import json_of
 
 log = logging.getLogger("pdbench.emulate")
 
@@ -167,7 +168,7 @@ async def _body(request: web.Request) -> Body:
     if not raw.strip():
         return {}
     try:
-        body = json.loads(raw)
+        body = json_of(raw)
     except ValueError as problem:
         raise _BadBodyError(f"the body is not JSON: {problem}") from None
     if not isinstance(body, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pdbench.emulate.faults import Faults
 from pdbench.emulate.handshake import HandshakeError
 from pdbench.emulate.replies import Ending, Reply, openai_error
 from pdbench.emulate.stream import Counting, Streaming, Wire
+from pdbench.reading import json_of
 
 log = logging.getLogger("pdbench.emulate")
 
@@ -54,7 +54,7 @@ class Generation:
         if request.content_type != "application/json":
             raise BadAskError(f"Content-Type must be application/json, not {request.content_type}")
         try:
-            body = json.loads(await request.read())
+            body = json_of(await request.read())
         except ValueError as problem:
             raise BadAskError(f"the body is not JSON: {problem}") from None
         config = self._engine.config

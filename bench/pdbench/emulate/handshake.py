@@ -26,6 +26,7 @@ from aiohttp import web
 from yarl import URL
 
 from pdbench.emulate.text import Prompt
+from pdbench.reading import json_of
 
 Json = dict[str, Any]
 log = logging.getLogger("pdbench.emulate")
@@ -202,7 +203,7 @@ class Rooms:
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.TEXT:
                     try:
-                        self._hear(socket, place, json.loads(message.data))
+                        self._hear(socket, place, json_of(message.data))
                     except (ValueError, TypeError, KeyError):
                         await socket.close(code=aiohttp.WSCloseCode.UNSUPPORTED_DATA, message=b"not a message of pdbench emulate")
         finally:
@@ -341,7 +342,7 @@ class Link:
         try:
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.TEXT:
-                    self._hear(json.loads(message.data))
+                    self._hear(json_of(message.data))
         finally:
             writer.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConnectionError, aiohttp.ClientError):

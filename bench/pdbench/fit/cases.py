@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, limit
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
 from pdbench.model.scheduler import Worker
+from pdbench.reading import json_of
 
 #: what is compared, with its unit
 FIGURES = {"output_throughput": "tok/s", "ttft_ms": "ms", "itl_ms": "ms", "e2e_ms": "ms"}
@@ -60,9 +60,9 @@ class Case:
 def read(folder: Path) -> list[Case]:
     """Read every load point of a run's folder; raise LoadError for a folder that is none, or a run that is not valid."""
     try:
-        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        verdict = json.loads((folder / "validity.json").read_text(encoding="utf-8"))
+        plan = json_of((folder / "plan.json").read_text(encoding="utf-8"))
+        summary = json_of((folder / "summary.json").read_text(encoding="utf-8"))
+        verdict = json_of((folder / "validity.json").read_text(encoding="utf-8"))
         rows = pq.read_table(folder / "requests.parquet").to_pylist()
         if not verdict["valid"]:
             raise LoadError(f"{folder}: the run is INVALID (validity.json), and nothing is fitted to it")
@@ -72,7 +72,7 @@ def read(folder: Path) -> list[Case]:
         return [_case(folder, number, point, plan, workers, said, rows) for number, point in enumerate(points)]
     except OSError as why:
         raise LoadError(f"{folder} is no folder of a judged run: {why.filename}: {why.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as why:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as why:
         if isinstance(why, LoadError):
             raise
         raise LoadError(f"{folder} is no run that can be read: {type(why).__name__} {why}") from None
@@ -133,7 +133,7 @@ def _case(
 def _limits(folder: Path) -> tuple[int, int]:
     """Return the smallest KV cache in tokens and the fewest running requests that a worker said it has (0: did not say)."""
     try:
-        points = json.loads((folder / "evidence.json").read_text(encoding="utf-8"))["points"]
+        points = json_of((folder / "evidence.json").read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError):
         return 0, 0
     infos = [worker["server_info"] for worker in points[0]["before"]["workers"].values()] if points else []

@@ -31,7 +31,7 @@ def calibrated(run: RunData, point: Point) -> Check:
         return Check(_ID, False, point.index, f"the client could not be calibrated: {found['error']}", found)
     try:
         return _judged(run, point, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as why:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as why:
         message = f"{SELFCHECK} is not as `pdbench selfcheck` writes it: {type(why).__name__} {why}"
         return Check(_ID, False, point.index, message, {})
 

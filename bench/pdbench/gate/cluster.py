@@ -43,7 +43,7 @@ def _listed(workers: Any) -> list[dict[str, Any]]:
     rows = workers.get("workers", []) if isinstance(workers, dict) else workers
     return [
         {"url": str(row.get("url")), "worker_type": str(row.get("worker_type")), "is_healthy": row.get("is_healthy")}
-        for row in rows
+        for row in (rows if isinstance(rows, list) else [])
         if isinstance(row, dict)
     ]
 

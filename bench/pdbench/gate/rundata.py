@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdbench import shapes
 from pdbench.engines import Engine, engine
+from pdbench.reading import json_of
 from pdbench.records import MEASURE, Record, read_parquet
 from pdbench.run.summary import Bounds
 
@@ -162,7 +163,10 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
     if not any((folder / name).is_file() for name in (PROGRESS, REQUESTS)):
         raise NotARun(f"{folder} is not the folder of a run: it has neither {PROGRESS} nor {REQUESTS}")
     problems: dict[str, str] = {}
-    progress, summary, plan, evidence = (_json(folder, name, problems) for name in (PROGRESS, SUMMARY, PLAN, EVIDENCE))
+    progress = _json(folder, PROGRESS, problems, shapes.PROGRESS)
+    summary = _json(folder, SUMMARY, problems, shapes.SUMMARY)
+    plan = _json(folder, PLAN, problems, shapes.PLAN)
+    evidence = _json(folder, EVIDENCE, problems, shapes.EVIDENCE)
     _check_plan(plan, problems)
     _check_evidence(evidence, problems)
     manifest = _json(folder, "manifest.json", {})
@@ -206,17 +210,18 @@ def _logs(folder: Path) -> dict[str, str]:
     return found
 
 
-def _json(folder: Path, name: str, problems: dict[str, str]) -> Json:
+def _json(folder: Path, name: str, problems: dict[str, str], shape: Json | None = None) -> Json:
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json_of((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems[name] = "missing"
     except (OSError, ValueError) as why:
         problems[name] = f"unreadable: {_first_line(why)}"
     else:
-        if isinstance(value, dict):
-            return value
-        problems[name] = "unreadable: not a JSON object"
+        fault = "not a JSON object" if not isinstance(value, dict) else shapes.wrong(value, shape or {})
+        if not fault:
+            return dict(value)
+        problems[name] = f"unreadable: {fault}"
     return {}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pdbench.importing.formats import BadFile, read, reads
+from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.sweep import tidy
 
@@ -88,7 +89,7 @@ def _by_mode(given: Sequence[str], option: str, pattern: re.Pattern[str]) -> dic
 
 def _check_output(folder: Path) -> None:
     try:
-        spec = json.loads((folder / tidy.SWEEP).read_text(encoding="utf-8"))
+        spec = json_of((folder / tidy.SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         spec = None
     if spec is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pdbench.reading import json_of
 from pdbench.sweep.tidy import IMPORTED
 
 Json = dict[str, Any]
@@ -89,6 +90,8 @@ def _suite(path: Path, text: str, name: re.Match[str]) -> Json:
             if key in found:
                 raise BadFile(f"{path}, line {number}: a second {start!r}: the log holds more than one measurement")
             found[key] = tuple(float(value) for value in match.groups())
+            if not all(map(math.isfinite, found[key])):
+                raise BadFile(f"{path}, line {number}: a number in it is too large to be measured")
     for (key, _), start in zip(_LINES, _STARTS, strict=True):
         if key not in found:
             raise BadFile(f"{path}: no line {start!r}: the measurement did not end, or this is no log of the vLLM suite")
@@ -119,7 +122,7 @@ def _sglang(path: Path, text: str) -> list[Json]:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
+            value = json_of(line)
         except ValueError as why:
             raise BadFile(f"{where}: no JSON: {why}") from None
         if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from pdbench.load.errors import LoadError
+from pdbench.reading import json_of
 
 FORMATS = (
     '{"prompt": "text or token ids", "output_tokens": 128}, {"messages": [{"role": "user", "content": "..."}]}, '
@@ -67,13 +68,13 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
             head = file.read(64).lstrip()
             file.seek(0)
             if head.startswith("["):
-                rows = json.load(file)
+                rows = json_of(file.read())
                 yield from ((f"{path}, entry {number}", row) for number, row in enumerate(rows, 1))
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{path}, line {number}", json.loads(line)
+                        yield f"{path}, line {number}", json_of(line)
                     except ValueError:
                         raise LoadError(f"{path}, line {number}: no JSON; write {FORMATS}") from None
     except OSError as why:
@@ -82,6 +83,10 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
         raise LoadError(f"{path} is no text file; write {FORMATS}") from None
     except json.JSONDecodeError as why:
         raise LoadError(f"{path}, line {why.lineno}: the list breaks off or is no JSON ({why.msg})") from None
+    except LoadError:
+        raise
+    except ValueError as why:
+        raise LoadError(f"{path}: the list is no JSON: {why}") from None
 
 
 def _entry(row: object, where: str, measure: Callable[[str], int], counted: bool) -> Entry | None:

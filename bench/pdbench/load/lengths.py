@@ -64,7 +64,7 @@ def _weighted(text: str) -> tuple[float, _Draw]:
 
 
 def _kind(text: str) -> _Draw:
-    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII):
+    if match := re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", text, re.ASCII):
         low, high = int(match[1]), int(match[2] or match[1])
         if 1 <= low <= high <= _MOST:
             # A fixed length draws, too, so that replacing one by a range leaves the other lengths of a seed as they were.

@@ -6,7 +6,6 @@ Source of the format: Mooncake (Qin et al., FAST 2025) and its FAST25-release tr
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from pdbench.load.errors import LoadError
 from pdbench.load.prompts import Piece
+from pdbench.reading import json_of
 
 _FORMAT = '{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}'
 #: tokens of a block of ``hash_ids``
@@ -111,7 +111,7 @@ def read_trace(path: Path, scaling: Scaling, count: int | None = None) -> list[R
 
 def _fields(line: str, where: str) -> tuple[float, int, int, Sequence[int]]:
     try:
-        row = json.loads(line)
+        row = json_of(line)
         timestamp, isl, osl, blocks = row["timestamp"], row["input_length"], row["output_length"], row.get("hash_ids") or []
     except (ValueError, TypeError, KeyError, AttributeError):
         raise LoadError(f"{where}: not a line of a Mooncake trace, such as {_FORMAT}") from None

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from pdbench.reading import brief, yaml_of
 
 TRANSPORTS = ("cuda_ipc", "rdma", "tcp")
 #: How a figure may have come to be, best first; the first word of its source says which.
@@ -20,6 +20,9 @@ _T = TypeVar("_T")
 
 class ProfileError(ValueError):
     """A profile that cannot be used; the message names the file, the key and what would be right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(brief(message))
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,9 @@ def load(name_or_file: str) -> Profile:
 def parse(text: str, source: str, name: str = "") -> Profile:
     """Turn the text of a profile into a Profile; `source` names it in errors. Raises ProfileError."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise ProfileError(f"{source}: not YAML: {' '.join(str(problem).split())}") from None
+        data = yaml_of(text)
+    except ValueError as problem:
+        raise ProfileError(f"{source}: not YAML: {problem}") from None
     _check_keys(data, ["description", "model", "gpu", "engine", "transports"], [], source, "")
     if not isinstance(data["description"], str):
         raise ProfileError(f"{source}: description must be text, not {data['description']!r}")

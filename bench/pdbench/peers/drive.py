@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 from pdbench.peers import vocabulary
 from pdbench.peers.commands import TOOLS, CannotAskError, Place, command, shown
 from pdbench.peers.read import READERS, NotReadableError
+from pdbench.reading import json_of
 from pdbench.records import write_json
 
 Json = dict[str, Any]
@@ -75,7 +75,7 @@ def run(folder: Path, peer: Peer) -> Json:
 def read_summary(folder: Path) -> Json:
     """Return summary.json of a run's folder; raise CannotRunError."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json_of((folder / "summary.json").read_text(encoding="utf-8"))
         if not isinstance(summary, dict):
             raise ValueError("no JSON object")
     except OSError as why:

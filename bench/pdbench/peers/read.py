@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from pdbench.reading import json_of
 
 Json = dict[str, Any]
 #: our name -> what SGLang, and what vLLM call it
@@ -67,7 +68,7 @@ READERS = {"sglang": sglang, "vllm": vllm}
 
 def _object(text: str) -> Json:
     try:
-        found = json.loads(text)
+        found = json_of(text)
     except ValueError as why:
         raise NotReadableError(f"no JSON: {why}") from None
     if not isinstance(found, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pdbench.load.errors import LoadError
 from pdbench.profiling import targets
 from pdbench.profiling.targets import Target
 from pdbench.profiling.trace import TraceError, read
+from pdbench.reading import json_of
 from pdbench.records import write_json
 
 Json = dict[str, Any]
@@ -62,6 +62,9 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
         if len({trace.rank for trace in found}) < expected:
             have = ", ".join(sorted({trace.rank for trace in found})) or "none"
             problems.append(f"{name} has {expected} rank{'s' if expected > 1 else ''}, and traces came of: {have}")
+        if name in profile.get("cut_short", []) and not any(trace.steps_ms for trace in found):
+            asked = f"{name} recorded none of {_asked(profile)} steps"
+            problems.append(f"{asked}: the load was over; send more requests, or longer prompts")
         workers[name] = {
             "ranks": expected,
             "gathered": profile.get("gathered", {}).get(name),
@@ -100,7 +103,7 @@ def _asked(profile: Mapping[str, Any]) -> int:
 
 def _json(path: Path) -> Json:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}

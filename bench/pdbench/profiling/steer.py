@@ -70,6 +70,7 @@ class Steering:
         self._workers, self._wish, self._headers, self._key_file = workers, wish, headers, key_file
         self.outcome = Outcome()
         self._asker: Asker | None = None
+        self._recording: asyncio.Task[None] | None = None
         self._guard: asyncio.subprocess.Process | None = None
         self._slowed_at = 0.0
         self._ready = asyncio.Event()
@@ -93,7 +94,9 @@ class Steering:
         try:
             await (self._batch() if self._wish.role == "decode" else self._busy())
             await self._release()
-            await self._record()
+            self._recording = asyncio.create_task(self._record())
+            # The load may end, and we with it, while a worker begins to record: `after` must know that it has.
+            await asyncio.shield(self._recording)
         except AskError as why:
             self.outcome.problems.append(str(why))
             await self._release()
@@ -104,6 +107,8 @@ class Steering:
             return
         try:
             await self._release()
+            if self._recording is not None:
+                await self._recording
             for worker in self._workers:
                 if worker.name in self.outcome.started:
                     try:

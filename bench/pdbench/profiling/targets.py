@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 
+from pdbench import shapes
 from pdbench.load.errors import LoadError
+from pdbench.reading import json_of
 
 #: seconds for an answer of a worker whose scheduler does not sleep
 ANSWER_S = 30.0
@@ -31,7 +32,9 @@ def read(path: Path, role: str, profile_id: str) -> tuple[Target, ...]:
     Traces go below the unit's working directory, which the engine may write and a container has, too.
     """
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json_of(path.read_text(encoding="utf-8"))
+        if fault := shapes.wrong(plan, shapes.PLAN):
+            raise ValueError(fault)
         found = []
         for worker in plan["workers"]:
             if worker["role"] != role:
@@ -48,7 +51,7 @@ def read(path: Path, role: str, profile_id: str) -> tuple[Target, ...]:
             found.append(Target(str(worker["name"]), str(worker["url"]).rstrip("/"), folder, ranks))
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as why:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as why:
         if isinstance(why, LoadError):
             raise
         raise LoadError(f"{path} is no plan.json as `plan.yml` writes it: {type(why).__name__} {why}") from None

@@ -75,14 +75,23 @@ class Trace:
 
 
 def read(path: Path, name: str = "") -> Trace:
-    """Read a trace; raise TraceError when it does not open or has no events."""
+    """Read a trace; raise TraceError when it does not open, has no events, or one that is not as the profiler writes it."""
+    try:
+        return _read(path, name)
+    except (KeyError, TypeError, ValueError, OverflowError) as why:
+        if isinstance(why, TraceError):
+            raise
+        raise TraceError(f"{path} has an event that no profiler writes: {type(why).__name__} {why}") from None
+
+
+def _read(path: Path, name: str) -> Trace:
     try:
         raw = path.read_bytes()
         told = json.loads(gzip.decompress(raw) if path.name.endswith(".gz") else raw)
         events = [event for event in told["traceEvents"] if isinstance(event, dict)]
     except OSError as why:
         raise TraceError(f"{path}: {why.strerror or why}") from None
-    except (EOFError, zlib.error, ValueError, KeyError, TypeError) as why:
+    except (EOFError, zlib.error, RecursionError, ValueError, KeyError, TypeError) as why:
         raise TraceError(f"{path} does not open: {type(why).__name__} {why}") from None
     whole = [event for event in events if event.get("ph") == "X" and "ts" in event and "dur" in event]
     if not whole:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pdbench import attribution, intervals, metrics, steady
 from pdbench.gate.cli import VALIDITY
 from pdbench.gate.counters import info, moved
 from pdbench.gate.rundata import Point, RunData
+from pdbench.reading import json_of
 
 Json = dict[str, Any]
 _TRANSPORTS = {"tcp": "TCP", "rdma": "RDMA", "cuda_ipc": "CUDA IPC on one host"}
@@ -46,7 +46,7 @@ class Verdict:
 def verdict(run: RunData) -> Verdict:
     """Read validity.json; without a usable one the run counts as not judged."""
     try:
-        found = json.loads((run.folder / VALIDITY).read_text(encoding="utf-8"))
+        found = json_of((run.folder / VALIDITY).read_text(encoding="utf-8"))
         checks = [dict(check) for check in found["checks"]]
         bad = [check for check in checks if not check["ok"]]
         labels = {point.index: point.label for point in run.points}

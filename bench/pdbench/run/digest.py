@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pdbench.reading import json_of
 from pdbench.records import Record
 from pdbench.run.replies import error_text, read_reply
 from pdbench.run.sse import events
@@ -62,7 +62,7 @@ def to_record(raw: Raw) -> tuple[Record, int]:
 def _refusal(raw: Raw) -> str:
     body = raw.body
     try:
-        message: object = json.loads(body)
+        message: object = json_of(body)
     except ValueError:
         message = body.decode("utf-8", "replace")
     said = error_text(message)

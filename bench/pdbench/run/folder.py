@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from pdbench import shapes
 from pdbench.load.errors import LoadError
 from pdbench.metrics import Slo
+from pdbench.reading import json_of
 from pdbench.records import Record, read_jsonl, write_json, write_parquet
 from pdbench.run.digest import to_record
 from pdbench.run.spool import clear, leftover
@@ -126,7 +127,7 @@ def recover(path: Path) -> tuple[Setup, Json]:
         _digest_leftover(folder)
         summary = folder.finish(setup, {}, ["recovered: the run was broken off, what it had recorded is kept"])
         write_json(folder.progress, _stopped(summary))
-    except ValueError as why:
+    except (ValueError, TypeError, KeyError, OverflowError) as why:
         raise LoadError(f"{path} cannot be recovered: {why}") from None
     return setup, summary
 
@@ -146,7 +147,7 @@ def _digest_leftover(folder: Folder) -> None:
 def _read_evidence(path: Path) -> dict[int, Json]:
     """Return the points of evidence.json by number; none where the file is not there or not whole."""
     try:
-        return {entry["point"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["points"]}
+        return {entry["point"]: entry for entry in json_of(path.read_text(encoding="utf-8"))["points"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -154,7 +155,9 @@ def _read_evidence(path: Path) -> dict[int, Json]:
 def read_setup(path: Path) -> Setup:
     """Return what run.json says; raise ValueError when it is none."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json_of(path.read_text(encoding="utf-8"))
+        if fault := shapes.wrong(raw, shapes.SETUP):
+            raise TypeError(fault)
         raw.pop("schema")
         return Setup(**{**raw, "slo": Slo(**raw["slo"]), "bounds": Bounds(**raw["bounds"])})
     except OSError as why:

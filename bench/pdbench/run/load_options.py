@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from pdbench.load import lengths
 from pdbench.load.arrivals import ARRIVALS
 from pdbench.load.errors import LoadError
+from pdbench.reading import yaml_of
 from pdbench.run.asks import PROMPT_KINDS
 
 #: ways to say how much load
@@ -106,14 +107,12 @@ def with_load_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argp
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        said = yaml_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as why:
         raise LoadError(f"cannot read --load {path}: {getattr(why, 'strerror', None) or 'it is no text'}") from None
-    except yaml.YAMLError as why:
-        raise LoadError(f"--load {path} is no YAML: {' '.join(str(why).split())}") from None
+    except ValueError as why:
+        raise LoadError(f"--load {path} is no YAML: {why}") from None
     if not isinstance(said, dict) or not said:
         raise LoadError(f"--load {path}: write keys and values, such as isl: 512")
     return {str(key): value for key, value in said.items() if value is not None}

@@ -10,6 +10,7 @@ from typing import cast
 
 import orjson
 
+from pdbench.reading import json_of
 from pdbench.records import NOT_REPORTED
 from pdbench.run.sse import Event
 
@@ -132,7 +133,7 @@ def _parse(data: bytes) -> object:
     try:
         return orjson.loads(data)
     except ValueError:
-        return json.loads(data)  # takes half a surrogate pair and NaN, too
+        return json_of(data)  # takes half a surrogate pair and NaN, too
 
 
 def error_text(message: object) -> str:

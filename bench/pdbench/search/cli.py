@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.search.goodput import Counts, Outcome, Step, search
 
@@ -121,7 +121,7 @@ class Runs:
         path = self._folder / "search.json"
         if path.exists():
             try:
-                same = json.loads(path.read_text(encoding="utf-8")) == asked
+                same = json_of(path.read_text(encoding="utf-8")) == asked
             except ValueError:
                 same = False
             if not same:
@@ -140,7 +140,7 @@ class Runs:
             code = subprocess.run(self.command(rate, number), check=False).returncode
             if code not in (0, 3):
                 raise Stop(code if code in (1, 2) else 1, f"`pdbench run` at {rate:g}/s ended with exit code {code}")
-        found: Json = json.loads(summary.read_text(encoding="utf-8"))
+        found: Json = json_of(summary.read_text(encoding="utf-8"))
         self._believe(rate, found, summary)
         self.gpus = found.get("gpus")
         goodput = found["goodput"]
@@ -171,7 +171,7 @@ def _no_gpu(options: Sequence[str]) -> str:
     joined = [option.partition("=")[2] for option in options if option.startswith("--plan=")]
     split = [value for option, value in pairwise(options) if option == "--plan"]
     try:
-        plan = json.loads(Path((joined + split)[0]).read_text(encoding="utf-8"))
+        plan = json_of(Path((joined + split)[0]).read_text(encoding="utf-8"))
         return "the engine was emulated" if plan.get("emulated") else "the engine ran on a CPU" if plan.get("on_cpu") else ""
     except (IndexError, OSError, ValueError, AttributeError):
         return ""  # `pdbench run` says what is wrong with it

@@ -32,6 +32,8 @@ import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from pdbench.reading import json_of
+
 #: tokens sent between two looks at the sockets: 64 take half a millisecond
 _BURST = 64
 _READ = 1 << 16
@@ -241,7 +243,7 @@ class Truth:
 
     def _begin(self, conn: _Conn, body: bytes, chat: bool) -> None:
         try:
-            asked = json.loads(body)
+            asked = json_of(body)
             total = int(asked.get("max_completion_tokens") or asked["max_tokens"])
             prompt = asked["messages"][0]["content"] if chat else asked["prompt"]
             length = len(prompt.split() if isinstance(prompt, str) else prompt)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pdbench.reading import json_of
 from pdlib.errors import UserError
 
 Json = dict[str, Any]
@@ -42,9 +43,9 @@ class Journal:
         found = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                found.append(dict(json.loads(line)))
-            except ValueError:
-                raise UserError(f"{self.path}, line {number}: not JSON; take the line out") from None
+                found.append(_event(json_of(line)))
+            except ValueError as why:
+                raise UserError(f"{self.path}, line {number}: no event of a sweep ({why}); take the line out") from None
         return found
 
     def write(self, event: str, **fields: Any) -> None:
@@ -76,6 +77,17 @@ class Journal:
         return found
 
 
+def _event(entry: Any) -> Json:
+    """Return one line of the journal; raise ValueError when it is none that we write."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
+        raise ValueError("it does not say what happened")
+    if entry["event"] in ("started", *ENDS) or "cell" in entry:
+        for name, kind in (("cell", str), ("repeat", int), ("attempt", int)):
+            if type(entry.get(name)) is not kind:
+                raise ValueError(f"{name} is {entry.get(name)!r}")
+    return entry
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other sweeps out of the folder; raise UserError that says who is in it. The lock ends with the process."""
@@ -104,10 +116,10 @@ def save(folder: Path, content: Mapping[str, Any]) -> None:
 def load(folder: Path) -> Json | None:
     """Return sweep.json, None when there is none."""
     try:
-        return dict(json.loads((folder / SWEEP).read_text()))
+        return dict(json_of((folder / SWEEP).read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / SWEEP} cannot be read ({error})") from None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import ansible_runner
 
+from pdbench.reading import json_of
 from pdbench.sweep.checkout import ROOT
 from pdbench.sweep.drive import Ended
 from pdbench.sweep.grid import Cell, seed
@@ -126,7 +127,7 @@ def resolve(inventory: str, deployments: Sequence[Json], limit: str | None) -> J
         play.wait()
         if play.rc:
             raise UserError(f"{inventory}: {play.why}")
-        return dict(json.loads((folder / "inputs.json").read_text()))
+        return dict(json_of((folder / "inputs.json").read_text()))
 
 
 class Plays:
@@ -245,7 +246,7 @@ class Plays:
 def verdict(folder: Path, rc: int, why: str) -> Ended:
     """Return how a run ended, from the gate's own words where there are any."""
     try:
-        judged = json.loads((folder / "validity.json").read_text())
+        judged = json_of((folder / "validity.json").read_text())
     except (OSError, ValueError):
         return Ended(FAILED, why or "bench.yml left no validity.json")
     if not judged["valid"]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pdbench.reading import yaml_of
 from pdbench.sweep import checkout as checkout  # pdlib comes from there
 from pdlib import ratio as ratios
 from pdlib import settings
@@ -56,11 +55,11 @@ class Spec:
 def read(path: Path) -> Spec:
     """Return the sweep that ``path`` describes; raise UserError naming the key that is wrong and what would be right."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
     return parse(raw, path.stem, str(path))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pdbench.reading import json_of
 from pdbench.sweep import estimate
 from pdbench.sweep.grid import Cell
 from pdbench.sweep.journal import Journal
@@ -83,13 +83,13 @@ def results(folder: Path, cells: Sequence[Cell], repeats: int, journal: Journal)
 
 def _points(run: Path) -> list[list[str]]:
     try:
-        summary, plan = (json.loads((run / name).read_text()) for name in ("summary.json", "plan.json"))
+        summary, plan = (json_of((run / name).read_text()) for name in ("summary.json", "plan.json"))
     except (OSError, ValueError):
         return []
     gpus = len({(rank["host"], gpu) for worker in plan["workers"] for rank in worker["ranks"] for gpu in rank["gpus"]})
     manifest: Json = {}
     with contextlib.suppress(OSError, ValueError):
-        manifest = json.loads((run / "manifest.json").read_text())
+        manifest = json_of((run / "manifest.json").read_text())
     points = summary.get("points") or [summary]
     paces = manifest.get("bench_request_rate") or manifest.get("bench_concurrency") or []
     unit = "/s" if manifest.get("bench_request_rate") else " in flight"

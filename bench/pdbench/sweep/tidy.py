@@ -17,7 +17,9 @@ from typing import Any, cast
 
 import pandas as pd
 
+from pdbench import shapes
 from pdbench.gate.rundata import EVIDENCE, PLAN, PROGRESS, REQUESTS, SUMMARY, NotARun, Point, RunData, summary_points
+from pdbench.reading import json_of
 from pdbench.records import MEASURE, replacing
 from pdbench.report.words import gpus as gpus_of
 from pdbench.report.words import verdict
@@ -159,14 +161,14 @@ def _typed(found: pd.DataFrame) -> pd.DataFrame:
 
 def _spec(sweep: Path) -> Json:
     try:
-        spec = json.loads((sweep / SWEEP).read_text(encoding="utf-8"))
+        spec = json_of((sweep / SWEEP).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotARun(f"{sweep} is not the folder of a sweep: it has no {SWEEP}") from None
     except (OSError, ValueError) as why:
         raise NotARun(f"{sweep / SWEEP} cannot be read: {why}") from None
-    if not isinstance(spec, dict) or not all(isinstance(cell, dict) and "id" in cell for cell in spec.get("cells") or []):
-        raise NotARun(f"{sweep / SWEEP} is not what `pdbench sweep` writes: it has no list of cells with ids")
-    return spec
+    if fault := shapes.wrong(spec, shapes.SWEEP):
+        raise NotARun(f"{sweep / SWEEP} is not what `pdbench sweep` writes: {fault}")
+    return dict(spec)
 
 
 def _rank(rows: Sequence[Json]) -> int:
@@ -179,7 +181,8 @@ def _rank(rows: Sequence[Json]) -> int:
 def _rows(folder: Path) -> list[Json]:
     """Return a row for every load point of a run; one without figures when it measured nothing."""
     problems: list[str] = []
-    summary, plan, manifest = (_json(folder / name, problems) for name in (SUMMARY, PLAN, "manifest.json"))
+    summary = _json(folder / SUMMARY, problems, shapes.SUMMARY)
+    plan, manifest = _json(folder / PLAN, problems, shapes.PLAN), _json(folder / "manifest.json", problems)
     points = summary_points(summary)
     plan = plan if _sound(plan) else {}
     run = RunData(folder, plan, points=[Point(i, entry, {}, []) for i, entry in enumerate(points)])
@@ -272,15 +275,16 @@ def _begin(folder: Path, manifest: Json) -> datetime | None:
     return None
 
 
-def _json(path: Path, problems: list[str]) -> Json:
+def _json(path: Path, problems: list[str], shape: Json | None = None) -> Json:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
     except (OSError, ValueError) as why:
         problems.append(f"{path.name} is unreadable ({type(why).__name__})")
     else:
-        if isinstance(value, dict):
-            return value
-        problems.append(f"{path.name} is no JSON object")
+        fault = "no JSON object" if not isinstance(value, dict) else shapes.wrong(value, shape or {})
+        if not fault:
+            return dict(value)
+        problems.append(f"{path.name} is unreadable: {fault}")
     return {}

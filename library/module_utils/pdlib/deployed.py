@@ -22,7 +22,7 @@ def read(state_dir: str) -> Optional[Json]:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): teardown.yml removes it, and deploy_pd.yml makes it anew") from None
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Iterable, Optional
+
+#: a word that nobody reads to its end; lists of hosts have commas
+_LONG_WORD = re.compile(r"[^\s,]{1000,}")
 
 
 class UserError(Exception):
     """Something the user wrote cannot be done; the message says what, where it was set, and what would be right."""
+
+    def __init__(self, message: str):
+        shown = _LONG_WORD.sub(lambda found: f"{found[0][:80]}... ({len(found[0])} characters)", message)
+        # Half a surrogate pair can stand in JSON and in Python, but in no terminal.
+        super().__init__(shown.encode("utf-8", "replace").decode())
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> Optional[str]:

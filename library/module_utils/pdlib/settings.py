@@ -64,6 +64,23 @@ def _list(value: Any) -> List[Any]:
     raise ValueError
 
 
+def _texts(value: Any) -> List[Any]:
+    """Return a list of words; numbers stay what they are, for rates, and nothing else stands for a word."""
+    items = _list(value)
+    if any(isinstance(item, bool) or not isinstance(item, (str, int, float)) or item == "" for item in items):
+        raise ValueError
+    return items
+
+
+def _writable(value: Any) -> bool:
+    """Whether text in a value, however deep, can stand in files and command lines: no NUL, no half of a surrogate pair."""
+    if isinstance(value, str):
+        return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
+    if isinstance(value, Mapping):
+        return all(_writable(key) and _writable(item) for key, item in value.items())
+    return all(_writable(item) for item in value) if isinstance(value, (list, tuple)) else True
+
+
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -103,7 +120,7 @@ _CONVERT = {
     "int": lambda value: _number(int, value),
     "float": lambda value: _number(float, value),
     "bool": _bool,
-    "list": _list,
+    "list": _texts,
     "dict": _dict,
     "ints": lambda value: [_number(int, item) for item in _list(value)],
     "gpus": _gpus,
@@ -114,7 +131,7 @@ _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
-    "list": "a list",
+    "list": "a list of words, such as a,b or [a, b]",
     "dict": "a mapping such as {key: value}",
     "ints": "whole numbers such as 32,64",
     "gpus": "a count, a list of indices such as [0, 1], or auto",
@@ -130,9 +147,11 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
     shown = "(secret)" if variable.secret else repr(value)
     if variable.type in ("str", "int", "float") and isinstance(value, (list, dict)):
         raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}")
+    if variable.type in ("str", "list", "dict") and not _writable(value):
+        raise UserError(f"{variable.name} ({where}): it holds a character that no file or command line can")
     try:
         result = _CONVERT[variable.type](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}") from None
     if variable.choices and result not in variable.choices:
         raise UserError(
@@ -151,6 +170,8 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
         raise UserError(f"{variable.name}={shown} ({where}): expected a size such as 32g")
     if variable.secret and result.split() != [result]:
         raise UserError(f"{variable.name} ({where}): expected one word, and it is empty or holds a space")
+    if variable.type == "list" and variable.name != "bench_request_rate":
+        result = [str(item) for item in result]
     numbers = result if variable.type == "ints" else [result]
     for number in numbers if variable.type in ("int", "float", "ints") else []:
         if variable.minimum is not None and number < variable.minimum:

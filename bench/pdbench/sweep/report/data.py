@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pdbench.reading import json_of
+
 Row = Mapping[str, Any]
 #: what a configuration is made of, and how a reader is told of it where it differs within the sweep
 _PARTS = ("ratio", "engine", "engine_version", "transfer_backend", "router", "router_policy")
@@ -190,7 +192,7 @@ def _same_lengths(rows: Iterable[Row]) -> list[Row]:
 
 def _variables(row: Row) -> dict[str, Any]:
     try:
-        found = json.loads(row.get("variables") or "{}")
+        found = json_of(row.get("variables") or "{}")
     except (TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

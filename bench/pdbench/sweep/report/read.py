@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import pandas as pd
 from pdbench.compare import within
 from pdbench.compare.judge import Run
 from pdbench.gate.rundata import RunData, summary_points
+from pdbench.reading import json_of
 from pdbench.sweep import tidy
 from pdbench.sweep.report.choose import Decision, decisions, interval
 from pdbench.sweep.report.data import RATE, Cell, Config, Load, Row, Table, table
@@ -160,7 +160,7 @@ def attribution(sweep: Sweep, cell: Cell) -> Json | None:
 def read_json(path: Path) -> Json:
     """Return a JSON object from a file, {} where there is none: what it is needed for is then left out and said so."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
