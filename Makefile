@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-vllm | test-lab | test-lab-real | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,11 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
+<<<<<<< HEAD
 .PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+=======
+.PHONY: setup setup-dev demo test fuzz test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+>>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
 
 setup: $(VENV)/.controller
 
@@ -43,9 +47,15 @@ lint: setup-dev
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
 REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
+<<<<<<< HEAD
 	profile.py advise_verbs.py sweep_plays.py)
 # More sweeps rehearsed, and ratio=auto: minutes each, in no other target
 SWEEPS := $(addprefix tests/local/test_,sweep_shipped.py auto.py)
+=======
+	profile.py advise_verbs.py)
+# Whole sweeps and ratio=auto, a play for every cell, and rebalance.yml: ten minutes and more, in no other target
+SWEEPS := $(addprefix tests/local/test_,sweep_plays.py auto.py verbs_rebalance.py)
+>>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev
@@ -73,7 +83,11 @@ test-real: setup-dev tiny-model
 	 tests=0; $(BIN)/pytest tests/real -o timeout=900 || tests=$$?; \
 	 others=0; wait $$too || others=$$?; cat .pd/real-too.log; exit $$((tests + others))
 
+<<<<<<< HEAD
 # The shipped sweeps rehearsed on the emulated engine (and one killed and resumed), and bench.yml -e ratio=auto
+=======
+# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, bench.yml -e ratio=auto, and rebalance.yml under requests
+>>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
 test-sweeps: setup-dev
 	$(BIN)/pytest -n 2 --dist load tests/local/test_sweep_plays.py $(SWEEPS) -o timeout=1800 --durations=10
 
@@ -84,6 +98,10 @@ test-kv: setup-dev tiny-model
 # Every fault of docs/reliability.md on real SGLang; it takes its engine from `make test-real`
 test-faults: setup-dev tiny-model
 	PD_TEST_FAULTS=1 $(BIN)/pytest tests/real/test_faults.py -s -o timeout=1500
+
+# Another ratio while three engines of real SGLang serve; it takes its engine from `make test-real`
+test-rebalance: setup-dev tiny-model
+	PD_TEST_REBALANCE=1 $(BIN)/pytest tests/real/test_rebalance.py -s -o timeout=1500
 
 # Real vLLM on this machine's CPU: 3.5 GB and some minutes more, so a target of its own
 test-vllm: setup-dev tiny-model
@@ -103,6 +121,10 @@ test-rdma: setup-dev
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
 	$(BIN)/pytest tests/lab/test_real_engine.py -o timeout=900
+
+# Ten changes of ratio and 10,000 requests and more, by restart and in place: half an hour, docs/results/rebalance.md
+test-lab-rebalance: setup-dev lab-deps
+	PD_REBALANCE_CHANGES=10 $(BIN)/pytest tests/lab/test_rebalance.py -s -o timeout=3600
 
 lab-deps: setup
 	@$(LAB) deps

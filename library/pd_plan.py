@@ -11,7 +11,7 @@ description:
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
     the role C(pd).
 options:
-  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, plan, doctor, teardown], required: true}
+  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, rebalance, plan, doctor, teardown], required: true}
   discovered:
     description: Compare with what the hosts have, and start from the plan that the router's host holds (both as role preflight found them).
     type: bool
@@ -47,6 +47,11 @@ pd_leaving:
   returned: unless C(verb=teardown)
   type: dict
   sample: {decode-1: "http://n2:30001"}
+pd_moves:
+  description: What changes in which order, and the hosts that get their first worker.
+  returned: with C(verb=rebalance), once the deployed plan is known
+  type: dict
+  sample: {moves: [{number: 1, says: prefill-2 (h3) becomes decode-1}], fresh: []}
 pd_accelerators:
   description: By host, whether the plan uses its GPUs and RDMA devices.
   returned: unless C(verb=teardown)
@@ -78,7 +83,11 @@ def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
         argument_spec={
-            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "plan", "doctor", "teardown"], "required": True},
+            "verb": {
+                "type": "str",
+                "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown"],
+                "required": True,
+            },
             "discovered": {"type": "bool", "default": False},
             "show": {"type": "bool", "default": False},
         },

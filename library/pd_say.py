@@ -10,7 +10,7 @@ description:
   - Reads what the roles registered. After a deploy it also keeps the controller's copy of the deployed plan, from which the
     next command plans before it contacts a host.
 options:
-  verb: {description: The command that ends., type: str, choices: [deploy, bench, profile, teardown], required: true}
+  verb: {description: The command that ends., type: str, choices: [deploy, bench, profile, rebalance, teardown], required: true}
 attributes:
   action: {support: full, description: Runs on the controller only.}
   check_mode: {support: full, description: Prints and keeps nothing.}
@@ -32,7 +32,9 @@ from ansible.module_utils.basic import AnsibleModule
 def main() -> None:
     """Say why nothing was done: Ansible did not find the action plugin of this name."""
     module = AnsibleModule(
-        argument_spec={"verb": {"type": "str", "choices": ["deploy", "bench", "profile", "teardown"], "required": True}},
+        argument_spec={
+            "verb": {"type": "str", "choices": ["deploy", "bench", "profile", "rebalance", "teardown"], "required": True}
+        },
         supports_check_mode=True,
     )
     module.fail_json(msg="pd_say runs on the controller: use the checkout's ansible.cfg, which names plugins/action")

@@ -20,6 +20,11 @@ options:
   api_key: {description: The key that the units share., type: str}
   service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
+  keep:
+    description: Units that serve and must not restart; a change that would restart one is refused.
+    type: list
+    elements: str
+    default: []
   purge: {description: "With C(state=absent), remove install_dir, too.", type: bool, default: false}
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
 attributes:
@@ -65,6 +70,7 @@ def main() -> None:
             "api_key": {"type": "str", "no_log": True},
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
+            "keep": {"type": "list", "elements": "str", "default": []},
             "purge": {"type": "bool", "default": False},
             "resumed": {"type": "bool", "default": False},
         },
@@ -90,6 +96,7 @@ def main() -> None:
                 launcher,
                 p["service_user"],
                 files,
+                p["keep"],
             )
             outcome = reconciler.step(p["resumed"])
     except UserError as error:

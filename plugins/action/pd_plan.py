@@ -28,6 +28,7 @@ from pdlib import (  # noqa: E402
     bench_peers,
     bench_spec,
     engines,
+    moves,
     plan,
     plan_file,
     probe,
@@ -73,7 +74,9 @@ class ActionModule(ActionBase):
         ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
-        as_deployed = measures or verb == "doctor"
+        as_deployed = measures or verb in ("doctor", "rebalance")
+        if verb == "rebalance" and "ratio" not in extra:
+            raise UserError("rebalance.yml takes the ratio to change to: ansible-playbook rebalance.yml -e ratio=2p2d")
         inherited = dict((current or {}).get("overrides", {})) if as_deployed else {}
         inherited = {name: value for name, value in inherited.items() if name not in extra}
         if as_deployed and current and "ratio" not in extra:
@@ -114,7 +117,7 @@ class ActionModule(ActionBase):
                 together = self._meet(planner, groups["bench_clients"], cluster)
                 facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
                 return {"changed": False, **facts, **self._common(cluster)}
-            if measures and current and current["api_key"] and cluster["api_key"] is None:
+            if (measures or verb == "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
                 raise UserError(
                     f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
                 )
@@ -138,6 +141,8 @@ class ActionModule(ActionBase):
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
             self._check_files(made)
+            if verb == "rebalance":
+                facts["pd_moves"] = self._moves(current or {}, made, discovered)
             if measures:
                 # A profile's load is one batch, which one client sends.
                 senders = clients if verb == "bench" else clients[:1]
@@ -157,13 +162,20 @@ class ActionModule(ActionBase):
             facts["pd_leaving"] = plan.leaving(current, made)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
-                display.display("\n" + tables.workers(made) + "\n" + facts["pd_probe"]["says"] + "\n")
+                changes = [tables.moves(facts["pd_moves"]["moves"])] if verb == "rebalance" else []
+                display.display("\n" + "\n".join([tables.workers(made), facts["pd_probe"]["says"], *changes]) + "\n")
         elif groups["bench_clients"]:
             facts["pd_bench"] = bench_spec.home(cluster, groups["bench_clients"], by_host, str(ROOT))
         result: dict[str, Any] = {"changed": False, **facts, **self._common(cluster)}
         if verb == "plan":
             result["changed"] = self._write(cluster["plan_dir"], made)
         return result
+
+    @staticmethod
+    def _moves(current: dict[str, Any], made: dict[str, Any], discovered: bool) -> dict[str, Any]:
+        """What changes while the deployment serves; before the router's host was asked, only what cannot be whatever it says."""
+        moves.check(current if discovered else None, made)
+        return moves.summary(current, made) if discovered else {}
 
     @staticmethod
     def _probe(made: dict[str, Any], mode: str, current: dict[str, Any] | None, limit: frozenset[str] | None) -> dict[str, Any]:

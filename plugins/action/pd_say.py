@@ -21,6 +21,7 @@ NEXT = {
     "deploy": "next: ansible-playbook bench.yml    (ansible-playbook teardown.yml stops everything)",
     "bench": "",
     "profile": "",
+    "rebalance": "",
     "teardown": "next: ansible-playbook deploy_pd.yml",
 }
 
@@ -50,9 +51,12 @@ class ActionModule(ActionBase):
             self._keep_copy(planned, verb)
         plan = planned["pd_plan"]
         text = tables.table(["host", "what happened", "took"], rows)
+        if verb == "rebalance":
+            text = self._moved(variables.get("ansible_facts", {}).get("pd_moved", []), planned["pd_moves"]["moves"])
         if plan:
             members = variables.get("__pd_router", {})
-            changes = [f"let go of {name}" for name in planned["pd_leaving"]] + members.get("changes", [])
+            left = [] if verb == "rebalance" else planned["pd_leaving"]
+            changes = [f"let go of {name}" for name in left] + members.get("changes", [])
             text += f"\nrouter: {tables.grouped(changes)}" if changes else ""
             pairs = members.get("pairs") or []
             if pairs:
@@ -64,6 +68,19 @@ class ActionModule(ActionBase):
             text += f"\nthe model is not whole: {plan['truncated']}" if plan.get("truncated") else ""
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}
+
+    @staticmethod
+    def _moved(done: list[dict[str, Any]], moves: list[dict[str, Any]]) -> str:
+        """Return the moves with what each took; number 0 is what an interrupted command had left."""
+        took = {row["number"]: row for row in done}
+        rows = [{"number": 0, "says": "what an interrupted command left"}] if took.get(0, {}).get("changes") else []
+        names = ("drained", "restarted", "admitted")
+        table = [
+            [row["says"], *(tables.duration(took[row["number"]][name]) for name in names)]
+            for row in [*rows, *moves]
+            if row["number"] in took
+        ]
+        return tables.table(["move", "drained in", "restarted in", "admitted in"], table) if table else "no worker changes"
 
     @staticmethod
     def _keep_copy(planned: dict[str, Any], verb: str) -> None:

@@ -308,6 +308,44 @@ def test_a_router_that_learns_its_members_at_its_start_is_only_waited_for(router
     assert router.changes() == []
 
 
+def test_no_role_is_left_without_a_healthy_member(router: FakeRouter) -> None:
+    for member in (P0, P1, D0):
+        router.add(member)
+    door = Gateway(router.url, None)
+    door.check_floor([P0, D0])
+    router.sick = {P0.url}
+    with pytest.raises(
+        UserError, match=f"no healthy prefill worker would be left: the router does not count {P0.url} as healthy"
+    ):
+        door.check_floor([P0, D0])
+    assert router.changes() == []
+
+
+def test_a_worker_answers_over_each_of_its_pairs_before_clients_do(router: FakeRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan({"n1": host(1)}, "2p2d")
+    for member in wanted_members(made)[:-1]:
+        router.add(member)
+    probed: list[tuple[set[str], list[str]]] = []
+
+    def probe(plan: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        probed.append(({pair["decode"] for pair in plan["pairs"]}, router.changes()))
+        return [{"error": ""}]
+
+    door = Gateway(router.url, None)
+    monkeypatch.setattr(door, "probe_pairs", probe)
+    outcome, rows = door.admit(made, 1.0, False)
+    assert outcome.done, outcome.message
+    assert rows == [{"error": ""}]
+    assert probed == [({"decode-1"}, [])], "its own pairs, before the router hears of it"
+    assert router.members() == set(wanted_members(made))
+    assert door.admit(made, 1.0, False)[1] == [], "nobody is new"
+
+    monkeypatch.setattr(door, "probe_pairs", lambda plan, timeout_s: [{"error": "no answer"}])
+    router.rows.popitem()
+    assert not door.admit(made, 1.0, False)[0].done
+    assert len(router.members()) == 3, "one that does not serve gets no clients"
+
+
 def test_check_mode_says_and_does_nothing(router: FakeRouter) -> None:
     router.add(P0)
     door = Gateway(router.url, None)

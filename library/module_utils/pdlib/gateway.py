@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import queue
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from urllib.parse import urlsplit
 
+from . import ask
 from .errors import UserError, listing
 from .reconcile import STEP_S, Outcome
 
@@ -40,10 +38,14 @@ class Change:
 
 def wanted_members(plan: Mapping[str, Any]) -> List[Member]:
     """Return the members that the plan wants."""
-    return [
-        Member(w["url"], "regular" if w["role"] == "aggregated" else w["role"], w["ranks"][0].get("bootstrap_port"))
-        for w in plan["workers"]
-    ]
+    return [member_of(worker) for worker in plan["workers"]]
+
+
+def member_of(worker: Mapping[str, Any]) -> Member:
+    """Return a worker of the plan as the router knows it."""
+    # A decode worker that may become prefill has a bootstrap port, too, and the router is not to know of it.
+    port = worker["ranks"][0].get("bootstrap_port") if worker["role"] == "prefill" else None
+    return Member(worker["url"], "regular" if worker["role"] == "aggregated" else worker["role"], port)
 
 
 def known_members(answer: Mapping[str, Any]) -> List[Tuple[str, Member, bool]]:
@@ -87,22 +89,10 @@ class Gateway:
         self.registration: Mapping[str, str] = (router or {}).get("registration") or {}
         #: ids of members that were told to go and still have requests to answer, as of the last look
         self.draining: Set[str] = set()
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def request(self, method: str, url: str, body: Optional[Json] = None, timeout_s: float = 5.0) -> Tuple[int, str]:
         """Return (HTTP status, text); status 0 and the reason when there was no answer."""
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
-        call = urllib.request.Request(url, data=data, headers=headers, method=method)
-        try:
-            with self._opener.open(call, timeout=timeout_s) as answer:
-                return int(answer.status), answer.read().decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(errors="replace")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            return 0, str(getattr(error, "reason", error)) or type(error).__name__
+        return ask.request(method, url, self.key, body, timeout_s)
 
     def members(self) -> Optional[List[Tuple[str, Member, bool]]]:
         """Return the router's members, None while it does not answer."""
@@ -134,6 +124,17 @@ class Gateway:
             raise UserError(f"the router at {self.url} does not let go of workers that were deleted")
         outcome.done, outcome.message = False, f"the router waits for the last answers of {listing(left)}"
         return outcome
+
+    def check_floor(self, staying: Sequence[Member]) -> None:
+        """Refuse to take members out unless one that is healthy is left of each role among ``staying``, which is what stays."""
+        known = self.members() or []
+        healthy = {member.role for _, member, good in known if good and member in staying}
+        for role in sorted({member.role for member in staying} - healthy):
+            left = [member.url for member in staying if member.role == role]
+            raise UserError(
+                f"no healthy {role} worker would be left: the router does not count {listing(left)} as healthy. Nothing was taken "
+                "out; doctor.yml says what is wrong there, and the same command goes on once it is put right"
+            )
 
     def _remove(self, surplus: Sequence[Tuple[str, Member]], outcome: Outcome, check: bool) -> None:
         for worker_id, member in surplus:
@@ -186,6 +187,24 @@ class Gateway:
             f"the router counts {ready} of {len(wanted)} workers as healthy; waiting for {listing(missing) or '/readiness'}"
         )
         return outcome
+
+    def admit(self, plan: Mapping[str, Any], pair_timeout_s: float, resumed: bool) -> Tuple[Outcome, List[Json]]:
+        """Do as :meth:`converge`, but let workers that are new to the router first answer over each of their pairs.
+
+        So no client waits for their first connection. Returns the outcome and the rows of :meth:`probe_pairs`; rows with an
+        error end it.
+        """
+        rows: List[Json] = []
+        if not resumed:
+            known = {member for _, member, _ in self.members() or []}
+            fresh = [worker for worker in plan["workers"] if member_of(worker) not in known]
+            names = {worker["name"] for worker in fresh}
+            pairs = [pair for pair in plan["pairs"] if pair["prefill"] in names or pair["decode"] in names]
+            if fresh:
+                rows = self.probe_pairs({**plan, "pairs": pairs, "workers": plan["workers"] if pairs else fresh}, pair_timeout_s)
+            if any(row["error"] for row in rows):
+                return Outcome(), rows
+        return self.converge(wanted_members(plan), False, True), rows
 
     def _restarted(self, known: Optional[Sequence[Tuple[str, Member, bool]]], wanted: Sequence[Member], check: bool) -> Outcome:
         """Wait for a router that learnt its members at its start; not all of them can say which these are."""

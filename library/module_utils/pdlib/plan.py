@@ -306,13 +306,14 @@ class Planner:
         for worker in placed:
             kinds = {kind: self.cluster[f"{_BASES[kind]}"] for kind in ("port", *self.engine.ports.get(worker.role, ()))}
             kinds["port"] = self.cluster.get(f"{worker.role}_worker_port_base") or kinds["port"]
+            if self._may_switch(worker):
+                kinds["bootstrap_port"] = self.cluster["bootstrap_port_base"]
             if len(worker.ranks) > 1:
                 kinds["dist_init_port"] = self.cluster["dist_init_port_base"]
-            kept = self._kept(worker.name)
-            same = kept is not None and kept["role"] == worker.role and kept["ranks"][0]["host"] == worker.ranks[0][0]
+            kept = self._before(worker, placed)
             taken = [used.setdefault(addresses[host], set()) for host, _ in worker.ranks]
             for kind, base in kinds.items():
-                old = kept["ranks"][0].get(kind) if kept and same else None
+                old = kept["ranks"][0].get(kind) if kept else None
                 if old and base <= old < base + _PORT_SPAN and not any(ports & self._run(worker, kind, old) for ports in taken):
                     result[worker.name][kind] = old
                     for ports in taken:
@@ -328,6 +329,23 @@ class Planner:
             for ports in taken:
                 ports |= self._run(worker, kind, port)
         return result
+
+    def _before(self, worker: Placed, placed: Sequence[Placed]) -> Optional[Json]:
+        """The deployed worker whose ports it keeps: the one of its name on its host, else the one that leaves it its GPUs."""
+        kept = self._kept(worker.name)
+        if kept is not None and kept["role"] == worker.role and kept["ranks"][0]["host"] == worker.ranks[0][0]:
+            return kept
+        staying, ranks = {(w.name, w.ranks) for w in placed}, list(worker.ranks)
+        for old in self._current():
+            if list(old.ranks) == ranks and (old.name, old.ranks) not in staying:
+                return self._kept(old.name)
+        return None
+
+    def _may_switch(self, worker: Placed) -> bool:
+        """Whether the engine may change the worker's role while it runs; it then listens for bootstraps whatever its role is."""
+        if worker.role == "aggregated" or len(worker.ranks) > 1 or not self.engine.switch_flag:
+            return False
+        return self._engine_args(worker.ranks[0][0], worker.role).get(self.engine.switch_flag) is True
 
     def _run(self, worker: Placed, kind: str, first: int) -> Set[int]:
         """The ports that a worker takes from ``first`` on: one, or one for each of its data-parallel replicas."""
@@ -417,6 +435,10 @@ class Planner:
             "argv": [*self.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],
             "listen": listen, **ports, "rdma_devices": list(links[host].devices),
         }  # fmt: skip
+        if self._may_switch(worker) and backend in self.engine.switch_backends and not in_container:
+            # A unit that is called by its port, for its role may become another one.
+            rank["unit"] = f"pd-worker-{ports['port']}.service"
+            rank["switch"] = {"flag": f"--{self.engine.role_flag}", "role": worker.role}
         if in_container:
             model = context.model if self.engine.needs_model else ""
             rank["container"] = provision.container(rank, settings, self.cluster, model, self._gpus(host), self.accelerated(host))
@@ -651,21 +673,17 @@ def inventory_id(sources: Sequence[str]) -> str:
     return f"{names}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:8]}"
 
 
+def started_as(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
+    """Return what tells a worker of one plan from that of another: its name, where it answers, how it is started."""
+    # The deployed plan comes from a file, where keys have another order.
+    ranks = [[rank["host"], rank["argv"], rank["env"], rank.get("container")] for rank in worker["ranks"]]
+    return worker["name"], worker["url"], json.dumps(ranks, sort_keys=True)
+
+
 def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Dict[str, str]:
     """Return (name -> URL) the workers of the deployed plan that the new plan stops or starts anew.
 
     The router must let go of them first, also of those that come back at the same URL.
     """
-
-    def key(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
-        return (
-            worker["name"],
-            worker["url"],
-            # The deployed plan comes from a file, where keys have another order.
-            json.dumps(
-                [[rank["host"], rank["argv"], rank["env"], rank.get("container")] for rank in worker["ranks"]], sort_keys=True
-            ),
-        )
-
-    staying = {key(worker) for worker in plan["workers"]}
-    return {worker["name"]: worker["url"] for worker in (current or {}).get("workers", []) if key(worker) not in staying}
+    staying = {started_as(worker) for worker in plan["workers"]}
+    return {worker["name"]: worker["url"] for worker in (current or {}).get("workers", []) if started_as(worker) not in staying}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from . import accounts, caches, containers, processes
+from . import accounts, ask, caches, containers, processes, role_switch
 from .errors import UserError, listing
 from .managers import MANAGERS, Supervisord, Systemd, write
 from .runtimes import container_name
@@ -64,7 +64,11 @@ class Reconciler:
         launcher: str = "",
         user: str = "",
         shipped: Optional[Mapping[str, str]] = None,
+        keep: Sequence[str] = (),
     ):
+        self.keep, self.api_key = set(keep), api_key
+        #: unit -> what it does instead of being ready
+        self.waits: Dict[str, str] = {}
         self.user = user if manager == "systemd" else ""
         if self.user:
             # sudo may have a stricter one, and then the user could not reach what is made here.
@@ -267,6 +271,15 @@ class Reconciler:
             detail = f" ({now.detail})" if now and now.state == "dead" and now.detail else ""
             raise UserError(f"{name} died before it was ready{detail}. The end of its log:\n{self.manager.log_tail(name)}")
 
+    def _check_kept(self, restart: Sequence[str]) -> None:
+        """Refuse to restart units that serve while others change (rebalance.yml)."""
+        kept = [name for name in restart if name in self.keep]
+        if kept:
+            raise UserError(
+                f"{listing(kept)} would restart while it serves: since it started, its files, its key, its virtualenv or what it is "
+                "started as changed. Nothing was changed here; deploy_pd.yml restarts what has to be, and then the ratio can change"
+            )
+
     # -- the step
 
     def step(self, resumed: bool) -> Outcome:
@@ -278,6 +291,7 @@ class Reconciler:
                 if not entry.get("ready"):
                     entry.pop("pid", None)
         surplus, restart = self._to_stop()
+        self._check_kept(restart)
         if self.check:
             return self._foretell(surplus, restart)
         self._check_files()
@@ -322,9 +336,26 @@ class Reconciler:
 
     def _ready(self, name: str) -> bool:
         url: Optional[str] = self.units[name]["health_url"]
-        return healthy(url) if url else bool(self.record[name].get("pid"))
+        ready = healthy(url) if url else bool(self.record[name].get("pid"))
+        return self._has_role(name) if ready and self.units[name].get("switch") else ready
+
+    def _has_role(self, name: str) -> bool:
+        """Whether a worker whose role can change has the one that it should have; it is told so, where it has another."""
+        key = self.api_key
+
+        def asked(method: str, url: str, body: Optional[Json]) -> Tuple[int, str]:
+            # CUDA graphs of decode may be made first.
+            return ask.request(method, url, key, body, 120.0 if body else 5.0)
+
+        done, said = role_switch.bring(name, self.units[name]["switch"], asked)
+        self.waits[name] = "" if done else said
+        if done and said:
+            self._change(said)
+        return done
 
     def _describe(self, name: str) -> str:
+        if self.waits.get(name):
+            return self.waits[name]
         started = self.record.get(name, {}).get("started")
         age = f"{time.time() - started:.0f} s" if started else "new"
         last = [line.strip() for line in self.manager.log_tail(name, 1).splitlines() if line.strip()]

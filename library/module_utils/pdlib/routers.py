@@ -105,13 +105,18 @@ def _vllm_flags(c: RouterContext) -> Dict[str, Any]:
 
 
 def _members(c: RouterContext) -> List[str]:
+    return member_items(c.workers)
+
+
+def member_items(workers: Sequence[Tuple[str, str, Optional[int]]]) -> List[str]:
+    """Return command-line items that name workers, given as (role, url, bootstrap port)."""
     items: List[str] = []
-    for role, url, bootstrap_port in c.workers:
+    for role, url, bootstrap_port in workers:
         if role == "prefill":
             items += ["--prefill", url] + ([str(bootstrap_port)] if bootstrap_port is not None else [])
         elif role == "decode":
             items += ["--decode", url]
-    aggregated = [url for role, url, _ in c.workers if role == "aggregated"]
+    aggregated = [url for role, url, _ in workers if role == "aggregated"]
     return items + (["--worker-urls", *aggregated] if aggregated else [])
 
 

@@ -61,6 +61,12 @@ def workers(plan: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(["", masks] if masks else [])])
 
 
+def moves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the moves of a change of ratio, one a line."""
+    lines = [f"move {row['number']} of {len(rows)}: {row['says']}" for row in rows]
+    return "\n".join(lines) or "no worker changes"
+
+
 def fabric(plan: Mapping[str, Any]) -> str:
     """Return what follows from each host's RDMA devices, and why, hosts of one kind together; "" where nothing does."""
     hosts: Dict[str, List[str]] = {}

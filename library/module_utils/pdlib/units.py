@@ -25,7 +25,8 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
     Each: ``name`` (``pd-prefill-0``), ``argv``, ``env``, ``ports`` (what it binds), ``listen``, ``health_url`` (None for
     ranks that serve nothing), ``members``: the tail of argv that may change without a restart, ``user``: who it runs as
     under systemd, ``gpu``: whether it uses real GPUs, ``cache_dir``: where a worker keeps compiled kernels, if the host says,
-    and ``as_one``: a hash of all ranks of a worker that has several. A unit that runs a container has ``container``
+    ``as_one``: a hash of all ranks of a worker that has several, and ``switch``: how a role that may change while the worker runs
+    is changed (role_switch.py). A unit that runs a container has ``container``
     (runtimes.py), and ``argv`` is that of its client.
     """
     units: List[Json] = []
@@ -36,7 +37,7 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
                 ports = [rank[kind] for kind in ("port", "bootstrap_port", "side_channel_port") if kind in rank]
                 gpu = bool(rank["gpus"]) and not plan["emulated"] and not plan["on_cpu"]
                 unit = _unit(rank, worker["name"], ports, rank.get("health_url"), [], gpu)
-                units.append({**unit, **_as_one(worker), "cache_dir": entry.get("cache_dir")})
+                units.append({**unit, **_as_one(worker), **_switch(plan, worker, rank), "cache_dir": entry.get("cache_dir")})
     router = plan["router"]
     if router["host"] == host:
         ports = [router["port"], router["prometheus_port"]]
@@ -52,6 +53,13 @@ def _as_one(worker: Mapping[str, Any]) -> Json:
         return {}
     text = json.dumps([[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]])
     return {"as_one": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _switch(plan: Mapping[str, Any], worker: Mapping[str, Any], rank: Mapping[str, Any]) -> Json:
+    if "switch" not in rank:
+        return {}
+    peers = [other["url"] for other in plan["workers"] if other["role"] == "decode" and other["name"] != worker["name"]]
+    return {"switch": {**rank["switch"], "url": worker["url"], "decode_peers": peers}}
 
 
 def _unit(
@@ -73,14 +81,22 @@ def _unit(
 
 
 def identity(unit: Mapping[str, Any], secret: str = "") -> str:
-    """Return a hash of all that needs a restart when it changes; the members of a router do not.
+    """Return a hash of all that needs a restart when it changes; a router's members do not, nor does a role that can be switched.
 
     ``secret``: the key that the unit is started with, so that a new key restarts it.
     """
-    argv = unit["argv"][: len(unit["argv"]) - len(unit["members"])]
+    argv = list(unit["argv"][: len(unit["argv"]) - len(unit["members"])])
+    if unit.get("switch"):
+        argv = any_role(argv, unit["switch"]["flag"])
     more = [unit[key] for key in ("user", "as_one") if unit.get(key)]
     text = json.dumps([argv, sorted(unit["env"].items()), secret, *more])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def any_role(argv: Sequence[str], flag: str) -> List[str]:
+    """Return a worker's command line without what its role is."""
+    place = list(argv).index(flag) + 1
+    return [*argv[:place], "*", *argv[place + 1 :]]
 
 
 def run_script(unit: Mapping[str, Any], state_dir: str) -> str:

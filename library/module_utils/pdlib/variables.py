@@ -504,6 +504,15 @@ def _table() -> Dict[str, Variable]:
             "deploy has tried as they are now; `always`: over all; `report`: as `always`, and what is found stops nothing; `never`.",
             choices=("auto", "always", "report", "never"),
         ),
+        v(
+            "drain_timeout",
+            "int",
+            600,
+            VERB,
+            "Longest wait of `rebalance.yml` for the requests that a worker still has when it leaves the router.",
+            minimum=1,
+            unit="s",
+        ),
         v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
         v("manifest", "dict", {}, VERB, "What a run's manifest.json records beside its variables; read by nobody."),
     ]
