@@ -58,9 +58,7 @@ def test_without_a_network_it_says_so(audit: ModuleType, tmp_path: Path, capsys:
     assert "ConnectionError: no route" in said
     every = {"dependencies": [{"name": str(n), "skip_reason": "not found on PyPI"} for n in range(99)]}
     fake = program(tmp_path, f"print({json.dumps(json.dumps(every))})")
-    assert audit.main(["--program", str(fake), "--lock", "hub.txt"]) == 2, (
-        "a mirror knows of none"
-    )
+    assert audit.main(["--program", str(fake), "--lock", "hub.txt"]) == 2, "a mirror knows of none"
     assert "not found on PyPI" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         audit.main(["--lock", "no-such.txt"])
