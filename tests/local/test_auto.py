@@ -14,7 +14,7 @@ LOAD = [
 
 
 def test_the_best_two_are_measured_and_compared(clean: Checkout) -> None:
-    done = clean.play("bench.yml", "-e", "ratio=auto", *LOAD, timeout=1200).good()
+    done = clean.play("bench.yml", "-e", "ratio=auto", *LOAD, timeout=1500).good()
     (folder,) = (clean.folder / "results").glob("auto-*")
     (point,) = json.loads((folder / "advice.json").read_text())["points"]
     two = [one["ratio"] for one in point["ratios"][:2]]
