@@ -8,11 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-<<<<<<< HEAD
-.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-vllm test-lab test-lab-real test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
-=======
-.PHONY: setup setup-dev demo test fuzz test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
->>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
+.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -47,15 +43,9 @@ lint: setup-dev
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
 REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
-<<<<<<< HEAD
 	profile.py advise_verbs.py sweep_plays.py)
-# More sweeps rehearsed, and ratio=auto: minutes each, in no other target
-SWEEPS := $(addprefix tests/local/test_,sweep_shipped.py auto.py)
-=======
-	profile.py advise_verbs.py)
-# Whole sweeps and ratio=auto, a play for every cell, and rebalance.yml: ten minutes and more, in no other target
-SWEEPS := $(addprefix tests/local/test_,sweep_plays.py auto.py verbs_rebalance.py)
->>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
+# More sweeps rehearsed, ratio=auto, and rebalance.yml: minutes each, in no other target
+SWEEPS := $(addprefix tests/local/test_,sweep_shipped.py auto.py verbs_rebalance.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
 test: setup-dev
@@ -83,11 +73,7 @@ test-real: setup-dev tiny-model
 	 tests=0; $(BIN)/pytest tests/real -o timeout=900 || tests=$$?; \
 	 others=0; wait $$too || others=$$?; cat .pd/real-too.log; exit $$((tests + others))
 
-<<<<<<< HEAD
-# The shipped sweeps rehearsed on the emulated engine (and one killed and resumed), and bench.yml -e ratio=auto
-=======
-# The shipped sweeps rehearsed on the emulated engine, one killed and resumed, bench.yml -e ratio=auto, and rebalance.yml under requests
->>>>>>> 5a823270f9c225d438025a11ae707ea7fb634965
+# The shipped sweeps rehearsed on the emulated engine (and one killed and resumed), bench.yml -e ratio=auto, rebalance.yml under requests
 test-sweeps: setup-dev
 	$(BIN)/pytest -n 2 --dist load tests/local/test_sweep_plays.py $(SWEEPS) -o timeout=1800 --durations=10
 
