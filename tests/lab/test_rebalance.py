@@ -1,6 +1,6 @@
 """The ratio changes while clients are served: no request fails, also none when a host dies half-way (docs/rebalance.md).
 
-`make test-lab` lets a host die. The rest takes half an hour: `make test-lab-rebalance` (docs/results/rebalance.md).
+Half an hour, so with a target of its own: `make test-lab-rebalance` (docs/results/rebalance.md).
 """
 
 from __future__ import annotations
