@@ -248,7 +248,7 @@ def test_a_journal_that_was_cut_off_goes_on_with_a_line_of_its_own(tmp_path: Pat
     lines = [json.loads(line) for line in first.path.read_text().splitlines()]
     assert [line["attempt"] for line in lines] == [1, 2]
     first.path.write_text("nonsense\n" + first.path.read_text())
-    with pytest.raises(UserError, match="line 1: not JSON"):
+    with pytest.raises(UserError, match="line 1: no event of a sweep"):
         journal.Journal(tmp_path)
 
 
