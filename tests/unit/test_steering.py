@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from aiohttp import web
 
@@ -40,7 +39,7 @@ def test_a_worker_that_begins_to_record_as_the_load_ends_is_stopped() -> None:
             await site.start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             wish = Wish("prefill", "p", 2, 0.0, None, 10.0, ("CPU",), False, 10, 3)
-            steering = Steering((Target("prefill-0", url, str(Path("x")), 1),), wish, {}, None)
+            steering = Steering((Target("prefill-0", url, "x", 1),), wish, {}, None)
             await steering.before()
             visit = asyncio.create_task(steering.during())
             await asyncio.wait_for(begun.wait(), 10)
