@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         except (RuntimeError, OSError) as why:
             print(
                 f"make audit: requirements/{lock.name} could not be looked up; of it and what follows nothing is known: {why}\n"
-                "It asks a public service: run it where the network reaches one, or name another with -- --vulnerability-service.",
+                "It asks a public service: run it where the network reaches one, or name another (--vulnerability-service).",
                 file=sys.stderr,
             )
             return COULD_NOT
