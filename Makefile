@@ -102,7 +102,8 @@ test-lab: setup-dev lab-deps
 
 # RDMA facts, and the bytes of NIXL and Mooncake, over SoftRoCE in a VM emulated in software: minutes; the first run makes the VM, some minutes more
 test-rdma: setup-dev
-	@command -v qemu-system-x86_64 cpio mmdebstrap >/dev/null || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
+	@for tool in qemu-system-x86_64 cpio mmdebstrap; do command -v $$tool >/dev/null || missing=1; done; \
+	 [ -z "$${missing:-}" ] || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
 	$(BIN)/pytest tests/lab/test_rdma_vm.py -s -o timeout=1200
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
