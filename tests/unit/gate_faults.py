@@ -535,5 +535,7 @@ LIVE = [
         ("client-loop", "client-on-time"),
         "the client did not keep up",
         "vLLM 39963, guidellm 1048",
+        # What was held up comes all at once.
+        also=("client-load",),
     ),
 ]

@@ -166,8 +166,11 @@ class Planner:
 
     def accelerated(self, name: str) -> bool:
         """Whether the host's workers use GPUs, so that these and RDMA devices are looked for on it; NPUs are not."""
-        on_cpu = any(self._on_cpu(name, role) for role in ("prefill", "decode", "aggregated"))
-        return not self.engine.emulated and not on_cpu and not self._npu(name) and name in self.worker_hosts
+        known = not self.engine.emulated and not self._cpu_alone(name) and not self._npu(name)
+        return known and name in self.worker_hosts
+
+    def _cpu_alone(self, name: str) -> bool:
+        return any(self._on_cpu(name, role) for role in ("prefill", "decode", "aggregated"))
 
     def left_to_discover(self) -> List[str]:
         """Return the hosts of which the inventory leaves something open that deploy_pd.yml finds on the host."""
@@ -506,6 +509,8 @@ class Planner:
         build = settings["engine_build"]
         if build == "auto":
             build = "" if settings["engine_requirements"] else self.engine.build(self.version)
+            # An engine that was here before, and runs on the CPU, was not built for CUDA.
+            build = "cpu" if settings["runtime"] == "existing" and self._cpu_alone(host) else build
         found = self.inputs.discovered.get(host, {}).get("python", {})
         machine, glibc = found.get("machine", ""), found.get("glibc", "")
         about = transfer.Host(host, machine, glibc, bool(link.devices), self._efa(host), self._npu(host))
