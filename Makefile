@@ -110,7 +110,7 @@ test-rdma: setup-dev
 test-lab-real: setup-dev lab-deps
 	$(BIN)/pytest tests/lab/test_real_engine.py -o timeout=900
 
-# Ten changes of ratio and 10,000 requests and more, by restart and in place: half an hour, docs/results/rebalance.md
+# Ten changes of ratio and 10,000 requests and more, by restart and in place: a quarter of an hour, docs/results/rebalance.md
 test-lab-rebalance: setup-dev lab-deps
 	PD_REBALANCE_CHANGES=10 $(BIN)/pytest tests/lab/test_rebalance.py -s -o timeout=3600
 

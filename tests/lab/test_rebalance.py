@@ -32,7 +32,7 @@ RATE = float(os.environ.get("PD_REBALANCE_RATE", "40"))
 PACE_S = 120.0
 #: Requests sent so long before the load was stopped have been answered, or are lost.
 SETTLED_S = 3.0
-at_length = pytest.mark.skipif(not CHANGES, reason="half an hour: make test-lab-rebalance (PD_REBALANCE_CHANGES=10)")
+at_length = pytest.mark.skipif(not CHANGES, reason="a quarter of an hour: make test-lab-rebalance (PD_REBALANCE_CHANGES=10)")
 MODES = {
     "restart": [],
     "in place": ["-e", "transfer_backend=mooncake_tcp", "-e", json.dumps({"engine_args": {"enable-pd-role-switch": True}})],

@@ -22,6 +22,7 @@ SHIPPED = {
     "h200x2-qwen": ("inventory/h200-local", 6, 3, 2),
     "h200x2-backends": ("inventory/h200-local", 3, 2, 3),
     "h200x2-frontend": ("inventory/h200-local", 4, 2, 4),
+    "h200x2-goodput": ("inventory/h200-local", 4, 2, 2),
     "vllm-xpyd": ("inventory/vllm-xpyd", 108, 1, 3),
     "gh200-a100": ("inventory/local", 8, 2, 4),
 }

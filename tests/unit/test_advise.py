@@ -236,6 +236,20 @@ def test_the_models_own_output_is_predicted_without_error() -> None:
     assert check.right(who.decided) == len(who.decided) > 0
 
 
+def test_winners_are_told_by_goodput_where_all_runs_had_limits() -> None:
+    rows = measured(TINY, loads=(4,)).assign(goodput=lambda made: [9.0 if ratio == "1p3d" else 1.0 for ratio in made["ratio"]])
+    found = check.predicted(rows, lambda host: "p", {"p": TINY}, lambda shared: pool(shared, 1))
+    assert check.goal(found) == check.GOODPUT
+    who = check.winners(rows, found, check.goal(found))
+    assert [one[1] for one in who.decided] == ["1p3d"]
+    said = check.words(found, who)
+    assert "good/s" in said
+    assert "right winners by requests/s within the limits, per GPU: " in said
+    without = check.predicted(measured(TINY, loads=(4,)), lambda host: "p", {"p": TINY}, lambda shared: pool(shared, 1))
+    assert check.goal(without) == check.goal([]) == check.THROUGHPUT
+    assert "good/s" not in check.words(without, None)
+
+
 def test_a_wrong_profile_is_off_and_noise_decides_no_winner() -> None:
     rows = measured(TINY)
     slow = replace(TINY, gpu=replace(TINY.gpu, tflops=TINY.gpu.tflops / 2))

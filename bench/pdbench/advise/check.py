@@ -210,6 +210,11 @@ def leave_one_out(rows: pd.DataFrame, fit: Callable[[pd.DataFrame], Profile], be
     return found
 
 
+def goal(found: Sequence[Checked]) -> str:
+    """Return what winners are told by: goodput where all runs had limits, else throughput."""
+    return GOODPUT if found and all(math.isfinite(cell.measured[GOODPUT]) for cell in found) else THROUGHPUT
+
+
 def mean_error(found: Sequence[Checked], figure: str) -> float:
     """Return the mean absolute error, as a share; NaN without cells."""
     return statistics.fmean(abs(cell.error(figure)) for cell in found) if found else math.nan
@@ -217,13 +222,17 @@ def mean_error(found: Sequence[Checked], figure: str) -> float:
 
 def words(found: Sequence[Checked], who: Winners | None) -> str:
     """Return the table of cells and the errors in short."""
-    head = ["load", "ratio", "runs", "tok/s measured", "predicted", "error", "TTFT p50 ms", "predicted", "error", ""]
+    head = ["load", "ratio", "runs", "tok/s measured", "predicted", "error", "TTFT p50 ms", "predicted", "error"]
+    good = goal(found) == GOODPUT
+    head += ["good/s", "predicted"] if good else []
     lines = []
     for cell in found:
         row = [cell.load, cell.ratio, str(cell.runs)]
         for figure in (THROUGHPUT, TTFT):
             row += [f"{cell.measured[figure]:,.0f}", f"{cell.predicted[figure]:,.0f}", f"{cell.error(figure):+.1%}"]
+        row += [f"{cell.measured[GOODPUT]:.1f}", f"{cell.predicted[GOODPUT]:.1f}"] if good else []
         lines.append([*row, "saturated" if cell.saturated else ""])
+    head.append("")
     widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *lines]]
     free = [cell for cell in found if not cell.saturated]
@@ -232,7 +241,7 @@ def words(found: Sequence[Checked], who: Winners | None) -> str:
         text.append(f"mean absolute error of p50 TTFT outside saturation: {mean_error(free, TTFT):.1%} ({len(free)} cells)")
     if who is not None and who.all:
         text.append(
-            f"right winners: {right(who.decided)} of {len(who.decided)} loads whose winner is decided by measurement; of all "
+            f"right winners{' by requests/s within the limits, per GPU' if good else ''}: {right(who.decided)} of {len(who.decided)} loads whose winner is decided by measurement; of all "
             f"{len(who.all)} with several ratios, the highest figure was predicted in {right(who.all)}"
         )
     return "\n".join(text)

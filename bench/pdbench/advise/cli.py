@@ -240,7 +240,7 @@ def _check(args: argparse.Namespace) -> int:
         notes.append("each ratio was predicted with this profile, fitted to the runs of all the other ratios")
     else:
         found = check.predicted(rows, profile_of, profiles, begin)
-    who = check.winners(rows, found)
+    who = check.winners(rows, found, check.goal(found))
     for one in profiles.values():
         print(say.grounds(one))
     for note in notes:
