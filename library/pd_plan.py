@@ -47,6 +47,11 @@ pd_leaving:
   returned: unless C(verb=teardown)
   type: dict
   sample: {decode-1: "http://n2:30001"}
+pd_firewall:
+  description: "By host that has a firewall or gets one, its ruleset while the deployment changes and after it; empty: none."
+  returned: unless C(verb=teardown)
+  type: dict
+  sample: {n1: {during: "table inet pd", after: "table inet pd"}}
 pd_moves:
   description: What changes in which order, and the hosts that get their first worker.
   returned: with C(verb=rebalance), once the deployed plan is known

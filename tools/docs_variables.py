@@ -32,6 +32,8 @@ _TYPES = {
     "ints": "whole numbers, `32,64`",
     "gpus": "count, list of indices, or `auto`",
     "span": "length (docs/load.md)",
+    "networks": "IP addresses and networks",
+    "ports": "ports and ranges",
 }
 _SECRET = " Secret: never in a plan, a service's command line or a log."
 _HEAD = """\

@@ -123,6 +123,9 @@ class ActionModule(ActionBase):
         clients = list(variables["groups"]["bench_clients"]) if deployed else []
         ranges = {name: row["host"]["port_range"] for name, row in seen.items()}
         every = doctor_reach.ways(self.plan, clients, ranges, self.planned["pd_examined"]["meet"])
+        if deployed:
+            own = {name: list(row["found"].get("addresses", [])) for name, row in seen.items()}
+            every += doctor_reach.strangers(self.plan, clients, own)
         job = doctor_reach.jobs(every, {name: row["host"]["listeners"] for name, row in seen.items()})[host]
         router = self.plan["router"]["host"]
         asks = deployed and host == (

@@ -28,6 +28,7 @@ from pdlib import (  # noqa: E402
     bench_peers,
     bench_spec,
     engines,
+    firewall,
     moves,
     plan,
     plan_file,
@@ -160,6 +161,8 @@ class ActionModule(ActionBase):
             facts["pd_plan"] = made
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
             facts["pd_leaving"] = plan.leaving(current, made)
+            has = {host: found.get(host, {}).get("firewall") == own["state_dir"] for host, own in by_host.items()}
+            facts["pd_firewall"] = firewall.changes(current, made, has)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
             if self._task.args.get("show"):
                 changes = [tables.moves(facts["pd_moves"]["moves"])] if verb == "rebalance" else []

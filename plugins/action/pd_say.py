@@ -27,7 +27,7 @@ NEXT = {
 
 
 #: What roles register, in the order in which it happens.
-STEPS = ("__pd_runtime", "__pd_installed", "__pd_model", "__pd_copied", "__pd_units")
+STEPS = ("__pd_firewall", "__pd_runtime", "__pd_installed", "__pd_model", "__pd_copied", "__pd_units", "__pd_narrowed")
 
 
 class ActionModule(ActionBase):

@@ -104,6 +104,7 @@ _GOOD: dict[str, st.SearchStrategy[Any]] = {
     "list": st.sampled_from([[], ["a"], "a, b", [1.5]]), "dict": st.sampled_from([{}, {"a": 1}, {"page-size": 16}]),
     "ints": st.sampled_from([[0], "0,1", 1]), "gpus": st.sampled_from([4, [0, 1], "auto", 0]),
     "str": st.sampled_from(["x", "/x", "", "1p1d", "a b"]),
+    "networks": st.sampled_from([[], "10.0.0.0/8, 192.0.2.7", ["fd00::/8"]]), "ports": st.sampled_from([[], 50051, "1-2, 7"]),
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def good_spellings(data: st.DataObject) -> None:
 
 @functools.cache
 def _deployed() -> bytes:
-    made = planned(_hosts("sglang"), {"ratio": "3p1d"})
+    made = planned(_hosts("sglang"), {"ratio": "3p1d", "firewall": True})
     assert made is not None
     return as_json(made)
 
@@ -180,7 +181,7 @@ def current_plan(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory(prefix="pd-fuzz-") as folder:
         path = Path(folder) / "plan.json"
         path.write_bytes(text)
-        planned(_hosts("sglang"), {"ratio": "2p2d", "current_plan": str(path)})
+        planned(_hosts("sglang"), {"ratio": "2p2d", "firewall": True, "current_plan": str(path)})
 
 
 SURFACES: dict[str, Callable[[st.DataObject], None]] = {

@@ -21,7 +21,7 @@ NEEDS = {
 }
 PACKAGES = """
     systemd systemd-sysv dbus libpam-systemd openssh-server sudo python3 python3-venv iproute2 iputils-ping procps
-    ca-certificates curl kmod libfaketime libibverbs1 libnuma1
+    ca-certificates curl kmod libfaketime libibverbs1 libnuma1 nftables
 """
 #: Units that have no business in a container.
 MASKED = """

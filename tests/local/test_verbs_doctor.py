@@ -89,6 +89,7 @@ def test_a_healthy_deployment_has_no_error(checkout: Checkout, plan: dict[str, A
     assert checkout.pids() == before
     good = {row["id"] for row in json.loads((checkout.folder / "results/doctor.json").read_text())["findings"]}
     assert {"unit", "router", "worker-health", "membership", "bootstrap-port", "pair", "stream", "ports", "transport"} <= good
+    assert "wildcard" in good - set(found)
     assert "2 of 2 serve" in play.text
 
 

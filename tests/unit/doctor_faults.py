@@ -61,6 +61,7 @@ def _host(name: str, units: list[str], fabric: str) -> Json:
         "disks": {"state_dir": {"path": "/var/lib/pd", "free": 500 * GIB, "total": 1000 * GIB}},
         "units": [_unit(unit) for unit in units],
         "listeners": [],
+        "wildcards": [],
         "port_range": [32768, 60999],
         "taken": [],
         "packages": {"sglang-0.5.23": {"sglang": "0.5.23", "nixl": "1.5.1", "mooncake-transfer-engine-cuda13": "0.3.14"}},
@@ -89,6 +90,7 @@ def healthy(fabric: str = "infiniband") -> Facts:
     plan = _plan(fabric)
     urls = {worker["name"]: worker["url"] for worker in plan["workers"]}
     way = {"from": "n2", "to": "n1", "address": "127.0.0.1", "port": 8998, "what": "bootstrap of prefill-0", "direct": True}
+    nowhere = {**way, "port": 29000, "what": "the router's metrics", "stranger": True, "state": "dropped", "why": "no answer"}
     return {
         "plan": plan,
         "deployed": True,
@@ -98,7 +100,7 @@ def healthy(fabric: str = "infiniband") -> Facts:
         "unreachable": {},
         "settings": {n: {"runtime": "venv", "mem_fraction": 0.8, "service_manager": "systemd"} for n in ("n1", "n2")},
         "accelerated": {"n1": True, "n2": True},
-        "reach": {"n1": [], "n2": [{**way, "state": "open", "why": ""}]},
+        "reach": {"n1": [], "n2": [{**way, "state": "open", "why": ""}, nowhere]},
         "front": {
             "from": "n1",
             "busy": {},
@@ -394,6 +396,38 @@ def _refused(f: Facts) -> None:
 def _untried(f: Facts) -> None:
     """A way that could not be tried is said, and is no error."""
     f["reach"]["n2"][0].update(state="unheard", why="n1 cannot listen there")
+
+
+@fault("exposure", severity="info")
+def _open_to_all(f: Facts) -> None:
+    """A port answers a host that has no business there, and there is no firewall."""
+    f["reach"]["n2"][1].update(state="open", why="")
+
+
+@fault("exposure")
+def _firewall_gone(f: Facts) -> None:
+    """A port answers a host that the firewall should keep out."""
+    f["plan"]["hosts"]["n1"]["firewall"] = {"spared": [], "range": [32768, 60999]}
+    f["reach"]["n2"][1].update(state="open", why="")
+
+
+@fault("wildcard")
+def _listens_everywhere(f: Facts) -> None:
+    """A worker listens on all addresses at the port of its API."""
+    f["hosts"]["n1"]["wildcards"] = [{"unit": "pd-prefill-0", "port": 30000}]
+
+
+@fault("wildcard", severity="info")
+def _listens_as_told(f: Facts) -> None:
+    """A worker listens on all addresses because listen_address says so."""
+    f["plan"]["workers"][0]["ranks"][0]["listen"] = "0.0.0.0"
+    f["hosts"]["n1"]["wildcards"] = [{"unit": "pd-prefill-0", "port": 30000}]
+
+
+@fault("wildcard", severity="info")
+def _engine_everywhere(f: Facts) -> None:
+    """A port that an engine opens by itself is open on all addresses (Mooncake's, torch's rendezvous)."""
+    f["hosts"]["n1"]["wildcards"] = [{"unit": "pd-prefill-0", "port": 15873}]
 
 
 @fault("port-taken")

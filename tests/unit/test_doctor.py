@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from unit.doctor_faults import SPOILT, Json, Spoil, healthy, made
 
-from pdlib import doctor, doctor_fabric, doctor_host, doctor_serving
+from pdlib import doctor, doctor_exposure, doctor_fabric, doctor_host, doctor_serving
 from pdlib.doctor_facts import SEVERITIES, Seen
 
 REPO = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def test_every_check_is_provoked_by_a_fault() -> None:
 
 #: Where a finding is made: module, line, severity.
 Place = tuple[str, int, str]
-MODULES = (doctor_host, doctor_fabric, doctor_serving)
+MODULES = (doctor_host, doctor_fabric, doctor_exposure, doctor_serving)
 WORDS = {"error": "error", "warning": "warning", "info": "info", "severe": "error"}
 
 

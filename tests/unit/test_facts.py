@@ -47,7 +47,9 @@ def test_gather_asks_the_hosts_tools(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["service_manager"] in ("systemd", "supervisord")
     assert isinstance(found["rdma"], dict)
     assert set(found["peermem"]) == {"module", "dmabuf", "kernel", "driver"}
-    assert set(facts.gather(False)) <= {"service_manager", "python", "addresses", "netdevs", "default_address"}
+    assert set(facts.gather(False)) <= {
+        *("service_manager", "python", "addresses", "netdevs", "default_address", "port_range", "nft", "firewall"),
+    }
     assert set(facts.gather(False)).isdisjoint({"gpus", "gpu_cards", "rdma", "peermem"})
 
 

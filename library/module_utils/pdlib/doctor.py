@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
+from . import doctor_exposure as exposure
 from . import doctor_fabric as fabric
 from . import doctor_host as host
 from . import doctor_serving as serving
@@ -72,6 +73,8 @@ _CHECKS = (
     Check("numa", fabric.numa, "`nvidia-smi topo -m`"),
     Check("ports", fabric.ports, "`nc -l PORT` there, `nc -zv HOST PORT` here"),
     Check("port-taken", fabric.port_taken, "`ss -ltnp`"),
+    Check("exposure", exposure.exposure, "`nc -zv HOST PORT` from a host that has no business there"),
+    Check("wildcard", exposure.wildcard, "`ss -ltnp`, for `0.0.0.0` and `*`"),
     # -- what is deployed
     Check("unit", serving.unit, "`systemctl status 'pd-*'`"),
     Check("restarts", serving.restarts, "`systemctl show -p NRestarts UNIT`"),

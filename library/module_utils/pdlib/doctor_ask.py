@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, Mapping, Optional
 from urllib.parse import urlsplit
 
+from . import firewall
 from .doctor_facts import Json
 from .gateway import Gateway
 
@@ -35,7 +36,8 @@ def ask(plan: Mapping[str, Any], key: Optional[str], name: str, requests: bool, 
     gateway = Gateway(plan["router"]["url"], key, plan["router"])
     with ThreadPoolExecutor(max_workers=16) as pool:
         front = pool.submit(_router, gateway)
-        said = dict(zip((w["name"] for w in plan["workers"]), pool.map(lambda worker: _worker(gateway, worker), plan["workers"])))
+        answers = pool.map(lambda worker: _worker(gateway, worker, plan, name), plan["workers"])
+        said = dict(zip((worker["name"] for worker in plan["workers"]), answers))
     heard: Json = {"from": name, "router": front.result(), "workers": said, "pairs": [], "stream": {}}
     if requests:
         heard["pairs"] = _pairs(gateway, plan, said, pair_s)
@@ -79,7 +81,7 @@ def _router(gateway: Gateway) -> Json:
     return {"ready": status, "error": " ".join(text.split())[:200] if status != 200 else "", "workers": workers}
 
 
-def _worker(gateway: Gateway, worker: Mapping[str, Any]) -> Json:
+def _worker(gateway: Gateway, worker: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> Json:
     url, rank = worker["url"], worker["ranks"][0]
     health, why = gateway.request("GET", rank.get("health_url") or f"{url}/health")
     said: Json = {"health": health, "error": "" if health == 200 else " ".join(why.split())[:200], "info": {}, "failures": {}}
@@ -98,7 +100,8 @@ def _worker(gateway: Gateway, worker: Mapping[str, Any]) -> Json:
     status, text = gateway.request("GET", f"{url}/metrics")
     if status == 200:
         said["failures"] = failures(text)
-    if rank.get("bootstrap_port"):
+    # A host without workers has no business at a bootstrap port, and a firewall of ours keeps it out.
+    if rank.get("bootstrap_port") and firewall.comes_in(plan, name, rank["host"], rank["bootstrap_port"]):
         said["bootstrap_error"] = _closed(str(urlsplit(url).hostname), rank["bootstrap_port"])
     return said
 

@@ -153,7 +153,7 @@ def ports(seen: Seen) -> List[Found]:
     """Every port through which hosts must reach each other lets connections through."""
     found, good = [], 0
     for host, rows in seen.reach.items():
-        for row in rows:
+        for row in (row for row in rows if not row.get("stranger")):
             where, port = f"{host} -> {row['to']}", f"port {row['port']} ({row['what']})"
             if row["state"] == "open":
                 good += 1

@@ -84,6 +84,7 @@ def host(task: Mapping[str, Any], command: Run = run) -> Json:
         "disks": {name: _room(path) for name, path in task["folders"].items() if path},
         "units": units,
         "listeners": sorted({(address, port) for address, port, _ in processes.listeners()}),
+        "wildcards": wildcards(task["state_dir"]),
         "port_range": port_range(ROOT),
         "taken": taken([unit for unit in task["units"] if unit["name"] not in running]),
         "packages": {
@@ -173,6 +174,18 @@ def port_range(root: Path) -> List[int]:
     """Return the first and the last port that the kernel gives to those who ask for any."""
     cells = _text(root / "proc/sys/net/ipv4/ip_local_port_range").split()
     return [int(cells[0]), int(cells[1])] if len(cells) == 2 else [32768, 60999]
+
+
+def wildcards(state_dir: str) -> List[Json]:
+    """Return the ``port`` and ``unit`` of every process of the deployment that listens on all addresses, as far as we may look."""
+    units = {process.pid: Path(process.cwd).name for process in processes.ours(state_dir)}
+    own = processes.sockets(units)
+    found = {
+        (units[own[inode]], port)
+        for address, port, inode in processes.listeners()
+        if address in ("0.0.0.0", "::") and inode in own
+    }
+    return [{"unit": unit, "port": port} for unit, port in sorted(found)]
 
 
 def _room(path: str) -> Json:

@@ -14,13 +14,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
+from . import firewall
 from .doctor_facts import Json
+from .firewall import MOONCAKE_PORTS
 
 #: Seconds for one try to connect: a packet that was lost is sent again after one and after three.
 _TRY_S = 3.0
 _HELLO = b"pd-doctor "
-#: Mooncake takes its control and data ports from here (its config.h; MC_MIN_RPC_PORT, MC_MAX_RPC_PORT).
-_MOONCAKE = (15000, 17000)
+#: The same for those who should not come through, and how many of them try each port.
+_STRANGER_TRY_S, _STRANGERS = 1.5, 4
 
 
 # -- which ways there are (on the controller)
@@ -78,8 +80,28 @@ def _random_ports(host: str, backend: str, ranges: Mapping[str, Sequence[int]]) 
         for part in (0.21, 0.83):
             yield int(first + (last - first) * part), f"one of ZMQ's random ports, {first}-{last}"
     if backend.startswith("mooncake"):
-        first, last = _MOONCAKE
+        first, last = MOONCAKE_PORTS
         yield first + 1207, f"one of Mooncake's ports, {first}-{last}"
+
+
+def strangers(plan: Mapping[str, Any], clients: Sequence[str], addresses: Mapping[str, Sequence[str]]) -> List[Json]:
+    """Return ways as :func:`ways` does, of hosts to ports at which they have no business, each with ``stranger``.
+
+    ``addresses``: of every host that was examined, its own. Each port is tried by four of them at most; the router's by none while
+    it has no firewall, for that is where clients come.
+    """
+    found: List[Json] = []
+    hosts = list(addresses)
+    for port in firewall.ports(plan, clients):
+        walled = firewall.wanted(plan, port.host)
+        if port.last > port.first or port.host not in addresses or (port.open_to == "clients" and not walled):
+            continue
+        let_in, start = firewall.admitted(plan, port), hosts.index(port.host) + 1
+        others = [host for host in [*hosts[start:], *hosts[:start]] if host != port.host and host not in port.sources]
+        outside = [host for host in others if not any(firewall.inside(own, let_in) for own in addresses[host])]
+        row = {"to": port.host, "address": port.address, "port": port.first, "what": port.what, "stranger": True}
+        found += [{"from": host, **row} for host in outside[:_STRANGERS]]
+    return found
 
 
 def jobs(every: Sequence[Json], listening: Mapping[str, Sequence[Sequence[Any]]]) -> Dict[str, Json]:
@@ -94,7 +116,7 @@ def jobs(every: Sequence[Json], listening: Mapping[str, Sequence[Sequence[Any]]]
         taken = row["to"] in found and any(
             port == row["port"] and address in (row["address"], "0.0.0.0", "::") for address, port in listening[row["to"]]
         )
-        if not taken and row["to"] not in found:
+        if not taken and (row["to"] not in found or row.get("stranger")):
             continue
         found[row["from"]]["connect"].append({**row, "direct": taken})
         if not taken:
@@ -150,16 +172,17 @@ class _Listener:
 
 def _connect(name: str, row: Json, end: float) -> Json:
     """Try one way until it works or time is over; a listener that is not there yet may come."""
-    tries_left = 2 if row["direct"] else 10**6
+    tries_left = 1 if row.get("stranger") else 2 if row["direct"] else 10**6
+    patience = _STRANGER_TRY_S if row.get("stranger") else _TRY_S
     state, why = "dropped", ""
     while True:
         try:
-            with socket.create_connection((row["address"], row["port"]), timeout=_TRY_S) as sock:
+            with socket.create_connection((row["address"], row["port"]), timeout=patience) as sock:
                 if not row["direct"]:
                     sock.sendall(_HELLO + name.encode() + b"\n")
                 return {**row, "state": "open", "why": ""}
         except socket.timeout:
-            state, why = "dropped", f"no answer within {_TRY_S:.0f} s (packets are dropped on the way, as firewalls do)"
+            state, why = "dropped", f"no answer within {patience:.0f} s (packets are dropped on the way, as firewalls do)"
         except OSError as error:
             state, why = _refusal(error)
         tries_left -= 1

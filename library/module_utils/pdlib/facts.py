@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from . import rdma
+from . import doctor_look, firewall_host, rdma
 from .errors import UserError
 
 Json = Dict[str, Any]
@@ -118,6 +118,10 @@ def gather(accelerators: bool, python_path: str = "", model: str = "") -> Json:
     found: Json = {"service_manager": service_manager(), "python": {**python(python_path), "others": newer_pythons()}}
     if model.startswith("/"):
         found["model"] = Path(model).exists()
+    found["port_range"] = doctor_look.port_range(doctor_look.ROOT)
+    found["nft"] = bool(firewall_host.find_nft())
+    if firewall_host.owner():
+        found["firewall"] = firewall_host.owner()
     known = addresses()
     if known:
         found.update({"addresses": list(known), "netdevs": known})

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, flags, provision, routers, runtimes, transfer
+from . import engines, firewall, flags, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
@@ -95,7 +95,9 @@ class Planner:
 
     def _deployed(self, name: str) -> Json:
         """What the deployed plan says of a host: it stands for facts of hosts that --limit leaves out."""
-        return dict((self.inputs.current or {}).get("hosts", {}).get(name, {}))
+        current = self.inputs.current or {}
+        client = ((current.get("firewall") or {}).get("bench") or {}).get(name)
+        return dict(current.get("hosts", {}).get(name, {"address": client} if client else {}))
 
     def _gpus(self, name: str) -> Tuple[int, ...]:
         declared = self.inputs.hosts[name]["gpus"]
@@ -175,10 +177,12 @@ class Planner:
     def left_to_discover(self) -> List[str]:
         """Return the hosts of which the inventory leaves something open that deploy_pd.yml finds on the host."""
         several = len({*self.worker_hosts, self.router_host}) > 1
+        walled = any(self.inputs.hosts[name]["firewall"] for name in [*self.worker_hosts, self.router_host])
+        clients = self.inputs.groups["bench_clients"] if walled else ()
         auto = self.cluster["transfer_backend"] == "auto" and self.ratio.disaggregated and several
         return [
             name
-            for name in dict.fromkeys([*self.worker_hosts, self.router_host])
+            for name in dict.fromkeys([*self.worker_hosts, self.router_host, *clients])
             for host in [self.inputs.hosts[name]]
             if host["address"] is None
             or (name in self.worker_hosts and host["gpus"] in (None, "auto"))
@@ -438,6 +442,8 @@ class Planner:
             "argv": [*self.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],
             "listen": listen, **ports, "rdma_devices": list(links[host].devices),
         }  # fmt: skip
+        channels = len(self._run(worker, "side_channel_port", 0)) if "side_channel_port" in ports else 1
+        rank.update({"side_channels": channels} if channels > 1 else {})
         if self._may_switch(worker) and backend in self.engine.switch_backends and not in_container:
             # A unit that is called by its port, for its role may become another one.
             rank["unit"] = f"pd-worker-{ports['port']}.service"
@@ -586,7 +592,7 @@ class Planner:
             url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
             workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
         self.check_frozen(workers)
-        return {
+        made = {
             "schema": 1,
             "ratio": str(self.ratio),
             "engine": self.engine.name,
@@ -606,7 +612,39 @@ class Planner:
             "router": self._router(workers, addresses),
             "hosts": {name: self._host_entry(name, addresses, links[name], rows[name], name in with_rank) for name in involved},
             "overrides": dict(self.inputs.overrides),
+            **self._firewall(involved),
         }
+        firewall.check(made, self.inputs.current, self.inputs.limit)
+        return made
+
+    def _firewall(self, involved: Sequence[str]) -> Json:
+        """Who, beside hosts with workers and the router, is let in where a host has a firewall; {} where none has."""
+        if not any(self.inputs.hosts[name]["firewall"] for name in involved):
+            return {}
+        clients = self.inputs.groups["bench_clients"]
+        bench = {name: self.address(name) for name in clients}
+        meet = {"meet_port": self.cluster["bench_meet_port"]} if len(clients) > 1 else {}
+        admitted = {"clients": self.cluster["firewall_clients"], "monitors": self.cluster["firewall_monitors"]}
+        return {"firewall": {"bench": bench, **admitted, **meet}}
+
+    def _walled(self, name: str) -> Json:
+        """What a host's own firewall is made of; {} where it has none."""
+        settings = self.inputs.hosts[name]
+        if not settings["firewall"]:
+            return {}
+        if settings["service_manager"] == "supervisord":
+            raise UserError(
+                f"host {name}: firewall: true needs root and systemd, and its services are supervisord's: "
+                "set ansible_become (docs/hosts.md), or firewall: false for it"
+            )
+        if not self.inputs.discovered.get(name, {}).get("nft", True):
+            raise UserError(
+                f"host {name}: firewall: true needs nft, which it has not: apt-get install nftables (or its like) there"
+            )
+        found = self.inputs.discovered.get(name, {}).get("port_range") or (self._deployed(name).get("firewall") or {}).get(
+            "range"
+        )
+        return {"firewall": {"spared": settings["firewall_spared_ports"], "range": list(found or firewall.RANDOM_PORTS)}}
 
     def _fabric(self, worker: Placed, host: str, gpus: Sequence[int], backend: str, link: Link, tcp: bool) -> List[Setting]:
         """What the host's RDMA mask means for one rank; an emulated engine opens no device."""
@@ -646,6 +684,7 @@ class Planner:
             **(self._provided(name) if has_worker else {}),
             "files": [str(file) for file in settings["engine_files"]] if has_worker else [],
             "cache_dir": settings["cache_dir"] if has_worker else None,
+            **self._walled(name),
         }
 
     def _provided(self, name: str) -> Json:

@@ -12,20 +12,22 @@ Json = Dict[str, Any]
 _WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping", list: "a list"}
 _RANK = {
     **{"host!": str, "gpus!": [int], "argv!": [str], "env!": {"*": str}, "unit!": str, "address": str, "listen": str},
-    **dict.fromkeys(("node_rank", "port", "bootstrap_port", "side_channel_port", "dist_init_port"), int),
+    **dict.fromkeys(("node_rank", "port", "bootstrap_port", "side_channel_port", "side_channels", "dist_init_port"), int),
     **{"rdma_devices": [str], "container": dict},
 }
 _LINK = {
     **{"fabric!": str, "devices!": [str], "masked!": [str], "ports!": {"*": int}, "gid_index": int, "tcp_device": str},
     **{"nearest!": {"*": [str]}, "reasons!": {"*": str}},
 }
+_PATHS = dict.fromkeys(("service_manager", "state_dir", "install_dir"), str)
 #: A name that ends in "!" must be there, others may be absent or null; "*" stands for any other name.
 _PLAN: Json = {
     **{"ratio!": str, "engine": str, "engine_version": str, "api_key": bool, "model": str, "transfer_backend": str},
     "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
     "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str}, "members": [str]},
-    "hosts": {"*": {"address": str, "gpus": [int], "link": _LINK, "service_manager": str, "state_dir": str, "install_dir": str}},
+    "hosts": {"*": {"address": str, "gpus": [int], "link": _LINK, "firewall": {"spared!": [str], "range!": [int]}, **_PATHS}},
+    "firewall": {"bench!": {"*": str}, "clients!": [str], "monitors!": [str], "meet_port": int},
     "overrides": dict,
     "kv_probe": {"*": dict},
 }
@@ -55,6 +57,8 @@ def _odd(plan: Json) -> str:
         number = worker["name"].rsplit("-", 1)[-1]
         if not (number.isascii() and number.isdigit() and len(number) < 7) or not worker["ranks"]:
             return f"worker {worker['name']} has no number or no rank"
+        if worker["role"] not in ("prefill", "decode", "aggregated") or worker["name"] != f"{worker['role']}-{number}":
+            return f"worker {worker['name']} is called by no role: {worker['role']}"
     return ""
 
 

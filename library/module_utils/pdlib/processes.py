@@ -99,6 +99,20 @@ def listeners() -> List[Tuple[str, int, int]]:
     return found
 
 
+def sockets(pids: Iterable[int]) -> Dict[int, int]:
+    """Return the sockets (inode -> process) of processes, as far as we may look."""
+    found: Dict[int, int] = {}
+    for pid in pids:
+        try:
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                name = os.readlink(entry.path)
+                if name.startswith("socket:["):
+                    found[int(name[8:-1])] = pid
+        except OSError:
+            continue
+    return found
+
+
 def _owner(inode: int) -> str:
     wanted = f"socket:[{inode}]"
     for process in all_processes():

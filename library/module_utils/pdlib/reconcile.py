@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from . import accounts, ask, caches, containers, processes, role_switch
+from . import accounts, ask, caches, containers, firewall_host, processes, role_switch
 from .errors import UserError, listing
+from .firewall import UNIT as FIREWALL
 from .managers import MANAGERS, Supervisord, Systemd, write
 from .runtimes import container_name
 from .units import KEY_FILE, KEY_LAUNCHER, identity
@@ -433,6 +434,9 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
     if not check:
         processes.kill([p.pid for p in strays], 10.0)
+    if firewall_host.owner() == state_dir:
+        own.append(Systemd.UNITS / FIREWALL)
+    outcome.changed += firewall_host.remove(state_dir, check)
     if purge:
         outcome.changed += caches.remove(install_dir, check)
     for folder in folders:

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
-from . import bench_load
+from . import bench_load, firewall
 from .errors import UserError, did_you_mean, nearest
 from .variables import BENCH, CLUSTER, HOST, ONLY_TYPED, VARIABLES, VERB, Variable
 
@@ -109,6 +109,20 @@ def _span(value: Any) -> str:
     return text
 
 
+def _networks(value: Any) -> List[str]:
+    items = [str(item) for item in _list(value)]
+    if any(firewall.network(item) is None for item in items):
+        raise ValueError
+    return items
+
+
+def _ports(value: Any) -> List[str]:
+    items = [str(item).replace(" ", "") for item in _list(value)]
+    for item in items:
+        firewall.span_of(item)
+    return items
+
+
 def _dict(value: Any) -> Dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError
@@ -125,6 +139,8 @@ _CONVERT = {
     "ints": lambda value: [_number(int, item) for item in _list(value)],
     "gpus": _gpus,
     "span": _span,
+    "networks": _networks,
+    "ports": _ports,
 }
 _EXPECTED = {
     "str": "text",
@@ -137,6 +153,8 @@ _EXPECTED = {
     "gpus": "a count, a list of indices such as [0, 1], or auto",
     "span": "a length such as 512, 256-1024 (smaller first, at least 1), normal:512:64, lognormal:512:0.4, file:lengths.txt, "
     "or a mixture such as 512@0.7,4096@0.3",
+    "networks": "IP addresses and networks such as 192.0.2.7,10.0.0.0/16 (no bits set beyond the network's)",
+    "ports": "ports and ranges such as 50051,32803-32810",
 }
 
 

@@ -7,6 +7,7 @@ import json
 import shlex
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+from . import firewall
 from .processes import work_dir
 from .runtimes import client_env
 
@@ -284,4 +285,4 @@ def rendered_files(plan: Mapping[str, Any], host: str) -> Dict[str, str]:
         files[f"{unit['name']}.env"] = systemd_env(unit)
         files[f"{unit['name']}.conf"] = supervisor_program(unit, state_dir)
         files[f"{unit['name']}.sh"] = run_script(unit, state_dir)
-    return files
+    return {**files, **firewall.rendered(plan, host)}

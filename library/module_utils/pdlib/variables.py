@@ -31,7 +31,8 @@ class Variable:
     """One variable that a user may set.
 
     ``type``: str, int, float, bool, list (comma-separated text is one, too), dict, ints (list of int), gpus (a count,
-    a list of indices, or ``auto``), span (``512`` or ``256-1024``). A default of None means "not set"; ``otherwise``: what the
+    a list of indices, or ``auto``), span (``512`` or ``256-1024``), networks (a list of IP addresses and networks), ports (a list
+    of ports and ranges). A default of None means "not set"; ``otherwise``: what the
     engine does then. ``env``: the environment variable that it becomes, as it is.
     """
 
@@ -148,9 +149,37 @@ def _table() -> Dict[str, Variable]:
         ),
         v("router_health_check_interval", "int", 5, CLUSTER, "Between the router's checks of a worker.", minimum=1, unit="s"),
         v("router_args", "dict", {}, CLUSTER, "More flags of the router: `{request-timeout-secs: 600}`."),
+        v(
+            "firewall_clients",
+            "networks",
+            [],
+            CLUSTER,
+            "With `firewall`: who may reach the router, beside `bench_clients`: `[10.0.0.0/16]`.",
+        ),
+        v(
+            "firewall_monitors",
+            "networks",
+            [],
+            CLUSTER,
+            "With `firewall`: who may reach the HTTP ports of workers and the router's metrics, beside `bench_clients` (Prometheus).",
+        ),
         # -- hosts
         v("address", "str", None, HOST, "The address at which the other hosts reach this one."),
         v("listen_address", "str", None, HOST, "What workers and router bind to; not set: `address`."),
+        v(
+            "firewall",
+            "bool",
+            False,
+            HOST,
+            "An nftables table of our own lets only hosts of the plan open connections to workers and router (docs/security.md).",
+        ),
+        v(
+            "firewall_spared_ports",
+            "ports",
+            [],
+            HOST,
+            "With `firewall`: ports of other programs in the ranges that engines take ports from, open as before: `[32803, 50051-50060]`.",
+        ),
         v("gpus", "gpus", None, HOST, "GPUs lent to the deployment: a count, a list of indices, or `auto` (found at deploy)."),
         v("prefill_gpus", "ints", None, HOST, "The indices that prefill workers may use; not set: all of `gpus`."),
         v("decode_gpus", "ints", None, HOST, "The indices that decode workers may use; not set: all of `gpus`."),
