@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from lab.common import DIR, LabError, log, run
+from lab.common import DIR, REPO, LabError, log, run
 
 #: Debian packages that the lab needs on this machine, with the command that shows each is there.
 NEEDS = {
@@ -36,8 +36,9 @@ for c in memory cpu cpuacct pids blkio freezer devices; do
 done
 exec /lib/systemd/systemd "$@"
 """
-#: The account that Ansible uses, as on real hosts: an ordinary user who may become root.
+#: The account that Ansible uses, as on real hosts: an ordinary user who may become root, by the file that docs/security.md has.
 USER = "ops"
+SUDOERS = (REPO / "docs" / "security.md").read_text().partition("```sudoers\n")[2].partition("```")[0]
 
 
 def unfit() -> str:
@@ -81,7 +82,7 @@ def base() -> Path:
     if not sources or not suite:
         raise LabError("hosts are made from this machine's apt sources, and it has none: use a Debian machine")
     # The number goes up when the steps below change.
-    recipe = json.dumps([1, suite, PACKAGES, MASKED, INIT, USER, [path.read_text() for path in sources]])
+    recipe = json.dumps([1, suite, PACKAGES, MASKED, INIT, USER, SUDOERS, [path.read_text() for path in sources]])
     folder = DIR / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -111,7 +112,9 @@ def base() -> Path:
     (new / "sbin/lab-init").write_text(INIT)
     (new / "sbin/lab-init").chmod(0o755)
     run("chroot", new, "useradd", "-m", "-s", "/bin/bash", USER)
-    (new / "etc/sudoers.d" / USER).write_text(f"{USER} ALL=(ALL) NOPASSWD:ALL\n")
+    (new / "etc/sudoers.d" / USER).write_text(SUDOERS)
+    (new / "etc/sudoers.d" / USER).chmod(0o440)
+    run("chroot", new, "visudo", "-cf", f"/etc/sudoers.d/{USER}")
     new.rename(folder)
     log(f"made {folder.name} in {time.monotonic() - started:.0f} s")
     return folder

@@ -272,9 +272,9 @@ def closed(text: str) -> List[Span]:
 
 # -- its unit
 
-#: nft speaks netlink to the kernel, and nothing else.
+#: nft reads its rules, wherever they lie, and speaks netlink to the kernel.
 _HARDENING = """\
-CapabilityBoundingSet=CAP_NET_ADMIN
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_DAC_READ_SEARCH
 NoNewPrivileges=yes
 ProtectSystem=strict
 ProtectHome=read-only

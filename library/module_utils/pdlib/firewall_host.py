@@ -111,7 +111,7 @@ def _others(state_dir: str, text: str) -> List[str]:
         if inode not in own and not ip_address(address).is_loopback and any(first <= port <= last for first, last in spans):
             found[port] = (address, port)
     held = processes.taken_ports(list(found.values()))
-    return [f"port {port}: {holder}" for (_, port), holder in sorted(held.items(), key=lambda row: row[0][1])]
+    return [f"port {port}: {' '.join(holder.split())}" for (_, port), holder in sorted(held.items(), key=lambda row: row[0][1])]
 
 
 def remove(state_dir: str, check: bool) -> List[str]:
