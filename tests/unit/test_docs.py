@@ -25,7 +25,10 @@ ACTIONS = sorted(path.stem for path in (REPO / "plugins" / "action").glob("*.py"
 #: one without tasks (pd) only names variables
 ROLES = sorted(path.parent.name for path in (REPO / "roles").glob("*/tasks"))
 #: what Ansible itself sets, as far as roles use it
-MAGIC = {"hostvars", "inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts", "ansible_skip_tags"}
+MAGIC = {
+    "hostvars", "inventory_hostname", "groups", "omit", "ansible_check_mode", "ansible_play_hosts", "ansible_skip_tags",
+    "ansible_failed_result",
+}  # fmt: skip
 
 
 def run(*command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:

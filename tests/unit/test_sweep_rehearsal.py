@@ -70,15 +70,15 @@ SWEEP: Json = {
 }
 
 
-def test_every_deployment_is_measured_under_its_lightest_and_its_heaviest_load(tmp_path: Path) -> None:
+def test_every_deployment_is_measured_under_its_heaviest_load(tmp_path: Path) -> None:
     made = planned(tmp_path, SWEEP)
     assert {cell.deploy["ratio"] for cell in made.cells} == {"3p1d", "1p3d", "4agg"}
     for ratio in ("3p1d", "1p3d", "4agg"):
         loads = [cell.load for cell in made.cells if cell.deploy["ratio"] == ratio]
         lengths = [(load["bench_input_len"], load["bench_output_len"], load["bench_concurrency"]) for load in loads]
-        assert sorted(lengths) == [(64, 8, 1), (512, 128, 16)]
+        assert lengths == [(512, 128, 16)]
         assert {load["bench_num_requests"] for load in loads} == {rehearsal.REQUESTS}
-    assert "6 of 36 cells" in made.notes[0]
+    assert "3 of 36 cells" in made.notes[0]
     assert all(plan["emulated"] for plan in made.plans.values())
 
 

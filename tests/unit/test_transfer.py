@@ -188,7 +188,7 @@ def test_the_system_is_asked_for_what_the_chosen_engine_links(tmp_path: Path) ->
     assert packages("nixl") == set(), "its wheel brings UCX and libibverbs"
     assert packages("mooncake") == {"libibverbs1", "libnuma1", "libcurl4", "ibverbs-providers"}
     own = {"runtime": "existing", "engine_python": "/opt/x/bin/python", "engine_args": {"device": "cpu"}}
-    assert packages("mooncake_tcp", **own) == {"libibverbs1", "libnuma1", "libcurl4"}, "built without CUDA, it links no card's driver"
+    assert packages("mooncake_tcp", **own) == {"libibverbs1", "libnuma1", "libcurl4"}, "without CUDA it links no card's driver"
     assert packages("nixl", nixl_backend="LIBFABRIC") == {"libfabric1", "libhwloc15"}
     assert packages("mooncake", runtime="docker", engine_image="a/b:1@sha256:" + "0" * 64) == set(), "an image has its own"
     rdma = {"n1": host(1, rdma_fabric="infiniband", rdma_devices=["mlx5_0"], tcp_device="eth0")}

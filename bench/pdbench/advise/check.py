@@ -240,8 +240,9 @@ def words(found: Sequence[Checked], who: Winners | None) -> str:
     if free:
         text.append(f"mean absolute error of p50 TTFT outside saturation: {mean_error(free, TTFT):.1%} ({len(free)} cells)")
     if who is not None and who.all:
+        by = " by requests/s within the limits, per GPU" if good else ""
         text.append(
-            f"right winners{' by requests/s within the limits, per GPU' if good else ''}: {right(who.decided)} of {len(who.decided)} loads whose winner is decided by measurement; of all "
+            f"right winners{by}: {right(who.decided)} of {len(who.decided)} loads whose winner is decided by measurement; of all "
             f"{len(who.all)} with several ratios, the highest figure was predicted in {right(who.all)}"
         )
     return "\n".join(text)

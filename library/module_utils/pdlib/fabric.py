@@ -60,9 +60,10 @@ class Link:
 
     @classmethod
     def of_json(cls, kept: Mapping[str, Any]) -> Link:
-        """Return what :meth:`to_json` kept."""
+        """Return what :meth:`to_json` kept; what a newer version kept beside it is left out."""
         nearest = {int(gpu): tuple(devices) for gpu, devices in kept["nearest"].items()}
-        return cls(**{**kept, "devices": tuple(kept["devices"]), "masked": tuple(kept["masked"]), "nearest": nearest})
+        known = {field.name: kept[field.name] for field in fields(cls) if field.name in kept}
+        return cls(**{**known, "devices": tuple(kept["devices"]), "masked": tuple(kept["masked"]), "nearest": nearest})
 
 
 # -- a host's end
