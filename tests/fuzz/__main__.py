@@ -50,7 +50,7 @@ def main() -> int:
         parser.error(f"--only takes {', '.join(SURFACES)}; --minutes a number above 0")
     print(f"seed {args.seed}", flush=True)
     begin, rounds, bad = time.monotonic(), 0, set[str]()
-    while time.monotonic() < begin + 60 * args.minutes:
+    while time.monotonic() < begin + 60 * args.minutes and len(bad) < len(names):
         for name in names:
             if name in bad or time.monotonic() >= begin + 60 * args.minutes:
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from . import rdma
@@ -118,8 +118,8 @@ def _agrees(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     same = [
         wanted["rdma_fabric"] in ("auto", kept["fabric"]),
         wanted["rdma_devices"] is None or list(wanted["rdma_devices"]) == list(kept["devices"]),
-        wanted["tcp_device"] in (None, kept["tcp_device"]),
-        wanted["rdma_gid_index"] in (None, kept["gid_index"]),
+        wanted["tcp_device"] in (None, kept.get("tcp_device")),
+        wanted["rdma_gid_index"] in (None, kept.get("gid_index")),
     ]
     return all(same) and not set(wanted["rdma_devices_excluded"]) & set(kept["devices"])
 
