@@ -86,7 +86,11 @@ def test_a_client_that_is_held_up_is_caught(tmp_path: Path) -> None:
 
 
 def test_a_server_elsewhere_and_nothing_left_behind(tmp_path: Path) -> None:
-    server = subprocess.Popen([*SELFCHECK, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True)
+    # Tests that a shell started in the background have Ctrl-C ignored, and so would the server.
+    server = subprocess.Popen(
+        [*SELFCHECK, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         assert server.stdout is not None
         port = re.match(r"port (\d+)", server.stdout.readline())

@@ -63,7 +63,8 @@ def test_more_gpus_never_lower_goodput_beyond_noise(prefill: int, decode: int, r
     small, large = (
         simulate.simulate(one, sent, {"tiny": TINY}).figures["goodput"] for one in (alike(prefill, decode, 0, "tiny"), more)
     )
-    assert large >= 0.95 * small
+    # Two requests of the hundred more or less are noise: at 15 a second, each is 0.15/s.
+    assert large >= 0.95 * small - 2 * 0.15
 
 
 def test_a_faster_prefill_moves_the_best_ratio_towards_decode() -> None:
