@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | test-first-contact | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma test-first-contact bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -105,6 +105,10 @@ test-rdma: setup-dev
 	@for tool in qemu-system-x86_64 cpio mmdebstrap; do command -v $$tool >/dev/null || missing=1; done; \
 	 [ -z "$${missing:-}" ] || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
 	$(BIN)/pytest tests/lab/test_rdma_vm.py -s -o timeout=1200
+
+# README.md to the letter on a bare Debian and a bare Ubuntu root filesystem (root; skipped with the reason elsewhere): five minutes
+test-first-contact: setup-dev lab-deps
+	$(BIN)/pytest tests/first_contact -s -o timeout=2400
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
