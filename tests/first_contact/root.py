@@ -46,7 +46,9 @@ def make(folder: Path, distribution: str) -> Path:
     run(
         *("mmdebstrap", "--variant=minbase", "--format=directory", "--dpkgopt=force-unsafe-io"),
         *('--aptopt=Acquire::Languages "none"', '--aptopt=Acquire::Check-Valid-Until "false"'),
-        *(suite, root, *files),
+        suite,
+        root,
+        *files,
         env={**os.environ, "TMPDIR": str(folder)},
     )
     for name in ("resolv.conf", "hosts"):

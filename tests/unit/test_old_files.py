@@ -121,7 +121,7 @@ def later(path: Path) -> dict[str, Any]:
 def test_a_later_run_is_refused_in_words(name: str, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later(old / RUNS[0] / name)
     refused = f"{old / RUNS[0] / name}: it has schema 2, and this pdbench knows 1: use the checkout that wrote it, or a newer one"
-    verbs = [("report", old / RUNS[0])]
+    verbs: list[tuple[object, ...]] = [("report", old / RUNS[0])]
     # who judges anew, or compares, does not read what the others made of the run
     verbs += [("gate", old / RUNS[0])] if name != "validity.json" else []
     verbs += [("compare", old / RUNS[0], old / RUNS[1]), ("report", old)] if name not in ("run.json", "evidence.json") else []

@@ -218,8 +218,8 @@ def _json(folder: Path, name: str, problems: dict[str, str], shape: Json | None 
     except (OSError, ValueError) as why:
         problems[name] = f"unreadable: {_first_line(why)}"
     else:
-        if why := shapes.newer(value):
-            raise NotARun(f"{folder / name}: {why}")
+        if later := shapes.newer(value):
+            raise NotARun(f"{folder / name}: {later}")
         fault = "not a JSON object" if not isinstance(value, dict) else shapes.wrong(value, shape or {})
         if not fault:
             return dict(value)
