@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | test-first-contact | soak | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma test-first-contact soak bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -98,13 +98,17 @@ LAB := PYTHONPATH=tests $(BIN)/python -m lab
 
 test-lab: setup-dev lab-deps
 	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py --ignore tests/lab/test_rdma_vm.py \
-	 --ignore tests/lab/test_rebalance.py
+	 --ignore tests/lab/test_rebalance.py --ignore tests/lab/test_soak.py
 
 # RDMA facts, and the bytes of NIXL and Mooncake, over SoftRoCE in a VM emulated in software: minutes; the first run makes the VM, some minutes more
 test-rdma: setup-dev
 	@for tool in qemu-system-x86_64 cpio mmdebstrap; do command -v $$tool >/dev/null || missing=1; done; \
 	 [ -z "$${missing:-}" ] || apt-get install -y -q --no-install-recommends qemu-system-x86 cpio mmdebstrap
 	$(BIN)/pytest tests/lab/test_rdma_vm.py -s -o timeout=1200
+
+# README.md to the letter on a bare Debian and a bare Ubuntu root filesystem (root; skipped with the reason elsewhere): five minutes
+test-first-contact: setup-dev lab-deps
+	$(BIN)/pytest tests/first_contact -s -o timeout=2400
 
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
@@ -113,6 +117,11 @@ test-lab-real: setup-dev lab-deps
 # Ten changes of ratio and 10,000 requests and more, by restart and in place: a quarter of an hour, docs/results/rebalance.md
 test-lab-rebalance: setup-dev lab-deps
 	PD_REBALANCE_CHANGES=10 $(BIN)/pytest tests/lab/test_rebalance.py -s -o timeout=3600
+
+# Load for as long as one likes, faults from a seeded schedule, and an account of every request: docs/results/soak.md
+soak: setup-dev lab-deps
+	PD_SOAK_MINUTES=$(or $(MINUTES),45) PD_SOAK_SEED=$(or $(SEED),1) $(BIN)/pytest tests/lab/test_soak.py -s \
+	 -o timeout=$$(( $(or $(MINUTES),45) * 90 + 1800 ))
 
 lab-deps: setup
 	@$(LAB) deps

@@ -65,7 +65,9 @@ def audit(program: Path, lock: Path, options: list[str]) -> tuple[list[str], lis
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0 when nothing is known, 1 when something is, 2 when it could not be looked up."""
-    parser = argparse.ArgumentParser(prog="make audit", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="make audit", usage='make audit ARGS="[--lock FILE] [-- OPTION ...]"', description=__doc__
+    )
     parser.add_argument("--program", type=Path, default=ROOT / ".pd" / "audit" / "bin" / "pip-audit", help=argparse.SUPPRESS)
     parser.add_argument("--lock", action="append", help="only this file of requirements/ (may be given again; default: all)")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="of pip-audit: -- --vulnerability-service osv")

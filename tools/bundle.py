@@ -99,7 +99,12 @@ def make(inventory: str, extra: list[str], wanted: Target, out: Path) -> None:
 
 def main() -> int:
     """Read the command line, and make the bundle; 1 when that was not possible, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="make bundle",
+        usage='make bundle ARGS="-i INVENTORY [-e NAME=VALUE] [--python 3.12] [--glibc 2.39] [--machine x86_64] [-o FILE]"',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("-i", "--inventory", required=True, help="the inventory that will be deployed there")
     parser.add_argument(
         "-e", "--extra-vars", action="append", default=[], help="as of the verbs, where they change what is installed"

@@ -45,7 +45,9 @@ def page(old: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Write the page, or compare it; return 1 when it is out of date or has no place for the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        usage="make docs     (.venv/bin/python tools/docs_doctor.py [--check] [--page FILE])", description=__doc__
+    )
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page (default: docs/doctor.md)")
     options = parser.parse_args(argv)

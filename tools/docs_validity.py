@@ -70,7 +70,9 @@ def page(old: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables, or with --check say whether they are up to date; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        usage="make docs     (.venv/bin/python tools/docs_validity.py [--check])", description=__doc__
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is not up to date")
     given = parser.parse_args(arguments)
     try:

@@ -82,7 +82,9 @@ def page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, or with --check say whether it is up to date; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        usage="make docs     (.venv/bin/python tools/docs_variables.py [--check] [--page FILE])", description=__doc__
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is not up to date")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the page (default: docs/variables.md)")
     given = parser.parse_args(arguments)

@@ -417,7 +417,10 @@ def write(path: Path, made: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Make the tables of engines' and routers' flags.")
+    parser = argparse.ArgumentParser(
+        usage="make flags     (.venv/bin/python tools/flag_table.py --all | --emulated | PROGRAM FOLDER VERSION)",
+        description="Make the tables of engines' and routers' flags.",
+    )
     parser.add_argument("--all", action="store_true", help="make every table anew (downloads engines and routers)")
     parser.add_argument("--emulated", action="store_true", help="make the emulator's table anew")
     parser.add_argument("engine", nargs="?", choices=SOURCES, help="the engine or router")

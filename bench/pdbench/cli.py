@@ -36,6 +36,28 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "report": ("pdbench.report.cli", "report", "plots and report.html from the folder of a run or a sweep"),
 }
 
+#: verb -> what one types first; `--help` begins with it
+FIRST: dict[str, str] = {
+    "run": "--url http://ROUTER:8000 --model NAME --concurrency 32 --num-requests 200 --isl 512 --osl 128 --output results/mine",
+    "emulate": "--role aggregated --port 30000 --profile h200-qwen2.5-3b",
+    "selfcheck": "--concurrency 64 --osl 128",
+    "merge": "results/merged results/merged/clients/n1 results/merged/clients/n2",
+    "profile": "--url http://ROUTER:8000 --model NAME --plan plan.json --role decode --batch 64 --isl 512 --osl 128 "
+    "--output results/mine     (or: ansible-playbook profile.yml -e role=decode)",
+    "traces": "results/latest",
+    "fit": "results/sweeps/NAME --base h200-qwen2.5-3b --output fitted.yml",
+    "gate": "results/latest",
+    "search": "goodput --output results/search -- --url http://ROUTER:8000 --model NAME --isl 512 --osl 128 --num-requests 300 "
+    "--slo-ttft-ms 500",
+    "advise": "-i inventory/h200x8 --profile h200-gpt-oss-120b --isl 2048 --osl 256 --concurrency 64",
+    "compare": "results/RUN_A results/RUN_B",
+    "import": "bench.jsonl --output results/old --ratio 3p1d --gpus 8",
+    "export": "results/latest --format sglang --output run.jsonl",
+    "peer": "results/latest --tool sglang",
+    "sweep": "sweeps/local-demo.yml --dry-run",
+    "report": "results/latest",
+}
+
 
 def usage() -> str:
     """Return the help text of the bare command."""
@@ -73,5 +95,8 @@ def _run(args: list[str]) -> int:
             raise
         print(f"pdbench {args[0]} needs {missing.name}: pip install 'pdbench[{extra}]'", file=sys.stderr)
         return 1
+    own = args[1 : args.index("--")] if "--" in args else args[1:]
+    if {"-h", "--help"} & set(own):
+        print(f"pdbench {args[0]} {FIRST[args[0]]}\n")
     code: int = verb.main(args[1:])
     return code

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+#: what every JSON file of ours says as ``schema``: it goes up when a name goes, or comes to mean something else (docs/formats.md)
+SCHEMA = 1
 _STATS = {"*": float}
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 _LOADS = {
@@ -74,8 +76,19 @@ SWEEP: dict[str, Any] = {
 }
 
 
+def newer(value: Any) -> str:
+    """Return why a file of a later pdbench is not read; "" for all others. A manifest has its number under ``manifest``."""
+    about = value.get("manifest", value) if isinstance(value, dict) else None
+    found = about.get("schema") if isinstance(about, dict) else None
+    if isinstance(found, int) and found > SCHEMA:
+        return f"it has schema {found}, and this pdbench knows {SCHEMA}: use the checkout that wrote it, or a newer one"
+    return ""
+
+
 def wrong(value: Any, shape: Any, at: str = "") -> str:
     """Return where ``value`` is not of the shape, and what would be right; "" when it is."""
+    if not at and (why := newer(value)):
+        return why
     if isinstance(shape, dict):
         return _mapping(value, shape, at)
     if isinstance(shape, list):

@@ -65,7 +65,8 @@ def install_needs() -> None:
         run("apt-get", "install", "-y", "--no-install-recommends", *missing, env=env)
 
 
-def _sources() -> list[Path]:
+def sources() -> list[Path]:
+    """Return the files with this machine's apt sources."""
     etc = Path("/etc/apt")
     files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
     return [path for path in files if path.suffix in (".list", ".sources") and path.exists() and path.read_text().strip()]
@@ -78,11 +79,11 @@ def _suite() -> str:
 
 def base() -> Path:
     """Return the base root, made when it is not there (about 25 s and 220 MB)."""
-    sources, suite = _sources(), _suite()
-    if not sources or not suite:
+    files, suite = sources(), _suite()
+    if not files or not suite:
         raise LabError("hosts are made from this machine's apt sources, and it has none: use a Debian machine")
     # The number goes up when the steps below change.
-    recipe = json.dumps([1, suite, PACKAGES, MASKED, INIT, USER, SUDOERS, [path.read_text() for path in sources]])
+    recipe = json.dumps([1, suite, PACKAGES, MASKED, INIT, USER, SUDOERS, [path.read_text() for path in files]])
     folder = DIR / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -97,7 +98,7 @@ def base() -> Path:
         *without,
         suite,
         new,
-        *sources,
+        *files,
         env={**os.environ, "TMPDIR": str(DIR)},
     )
     for key in (new / "etc/ssh").glob("ssh_host_*"):

@@ -180,7 +180,8 @@ async def _serve(config: WorkerConfig) -> None:
             # What is there now stays; the collector would walk it again and again, and tokens would be late meanwhile.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(100_000, 50, 1000)
+            # The young are looked at once, however many at a time; what has ended holds memory until then (3 KB a request).
+            gc.set_threshold(10_000, 500, 1000)
             log.info("ready: %s worker on %s:%d, model %s", config.role, config.host, config.port, config.model_path)
             await stopping
         else:

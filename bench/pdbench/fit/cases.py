@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pdbench import shapes
 from pdbench.load.errors import LoadError
 from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, limits
 from pdbench.model.profile import Profile
@@ -63,6 +64,8 @@ def read(folder: Path) -> list[Case]:
         plan = json_of((folder / "plan.json").read_text(encoding="utf-8"))
         summary = json_of((folder / "summary.json").read_text(encoding="utf-8"))
         verdict = json_of((folder / "validity.json").read_text(encoding="utf-8"))
+        if why := next(filter(None, map(shapes.newer, (plan, summary, verdict))), ""):
+            raise LoadError(f"{folder}: {why}")
         rows = pq.read_table(folder / "requests.parquet").to_pylist()
         if not verdict["valid"]:
             raise LoadError(f"{folder}: the run is INVALID (validity.json), and nothing is fitted to it")

@@ -7,12 +7,12 @@ import contextlib
 import sys
 from pathlib import Path
 
+from pdbench import shapes
 from pdbench.gate import judge
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import NotARun, RunData, load
 from pdbench.records import write_json
 
-SCHEMA = 1
 VALIDITY = "validity.json"
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 def verdict(checks: list[Check]) -> dict[str, object]:
     """Return the content of validity.json."""
     return {
-        "schema": SCHEMA,
+        "schema": shapes.SCHEMA,
         "valid": all(check.ok for check in checks),
         "checks": [check.to_json() for check in checks],
     }

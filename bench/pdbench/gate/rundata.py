@@ -156,7 +156,7 @@ def load(folder: Path, max_error_rate: float | None = None) -> RunData:
     """Read a run's folder.
 
     ``max_error_rate`` wins over ``bench_max_error_rate`` of manifest.json, which wins over 0. Raises NotARun when the
-    folder is missing or has neither progress.json nor requests.parquet.
+    folder is missing, has neither progress.json nor requests.parquet, or was written by a later pdbench.
     """
     if not folder.is_dir():
         raise NotARun(f"{folder} is not a folder; give the folder of a run, such as results/latest")
@@ -218,6 +218,8 @@ def _json(folder: Path, name: str, problems: dict[str, str], shape: Json | None 
     except (OSError, ValueError) as why:
         problems[name] = f"unreadable: {_first_line(why)}"
     else:
+        if later := shapes.newer(value):
+            raise NotARun(f"{folder / name}: {later}")
         fault = "not a JSON object" if not isinstance(value, dict) else shapes.wrong(value, shape or {})
         if not fault:
             return dict(value)

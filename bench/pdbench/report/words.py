@@ -11,10 +11,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from pdbench import attribution, intervals, metrics, steady
+from pdbench import attribution, intervals, metrics, shapes, steady
 from pdbench.gate.cli import VALIDITY
 from pdbench.gate.counters import info, moved
-from pdbench.gate.rundata import Point, RunData
+from pdbench.gate.rundata import NotARun, Point, RunData
 from pdbench.reading import json_of
 
 Json = dict[str, Any]
@@ -47,6 +47,8 @@ def verdict(run: RunData) -> Verdict:
     """Read validity.json; without a usable one the run counts as not judged."""
     try:
         found = json_of((run.folder / VALIDITY).read_text(encoding="utf-8"))
+        if newer := shapes.newer(found):
+            raise NotARun(f"{run.folder / VALIDITY}: {newer}")
         checks = [dict(check) for check in found["checks"]]
         bad = [check for check in checks if not check["ok"]]
         labels = {point.index: point.label for point in run.points}

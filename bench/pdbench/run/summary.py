@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from pdbench import steady
+from pdbench import shapes, steady
 from pdbench.attribution import attribute
 from pdbench.metrics import Slo, Stats, output_tokens, summarise
 from pdbench.records import MEASURE, NOT_REPORTED, Record
 from pdbench.turns import by_turn
 
-SCHEMA = 1
 #: tokens an event up to which it counts as holding one: a character can take two tokens
 _ONE_TOKEN = 1.05
 Json = dict[str, object]
@@ -101,7 +100,7 @@ def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str], 
     total = {key: sum(cast(int, p[key]) for p in points) for key in ("completed", "failed")}
     single = points[0] if len(points) == 1 else {}
     return {
-        "schema": SCHEMA,
+        "schema": shapes.SCHEMA,
         **single,
         **total,
         "ratio": setup.ratio,

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pdbench import shapes
 from pdbench.sweep import grid, journal, order, planning, plays, rehearsal, spec, table
 from pdbench.sweep.checkout import ROOT
 from pdbench.sweep.cli import DEFAULT_INVENTORY, INTERRUPTED, INVALID, VALID
@@ -82,8 +83,8 @@ def _cells(before: Json, args: argparse.Namespace) -> list[grid.Cell]:
 def _check_same(folder: Path, before: Json | None, read: spec.Spec, args: argparse.Namespace) -> None:
     if before is None:
         raise UserError(f"{folder} holds no sweep to resume: leave --resume out, or name its folder with --output")
-    if before.get("schema") != 1:
-        raise UserError(f"{folder}/sweep.json has schema {before.get('schema')!r}, and this pdbench knows 1")
+    if why := shapes.newer(before):
+        raise UserError(f"{folder}/sweep.json: {why}")
     changed = journal.difference(before["spec"], read.raw)
     if changed:
         raise UserError(f"{args.spec} is not what {folder} was begun with: {changed}. Put it back, or begin anew with --output")

@@ -166,6 +166,8 @@ def _spec(sweep: Path) -> Json:
         raise NotARun(f"{sweep} is not the folder of a sweep: it has no {SWEEP}") from None
     except (OSError, ValueError) as why:
         raise NotARun(f"{sweep / SWEEP} cannot be read: {why}") from None
+    if later := shapes.newer(spec):
+        raise NotARun(f"{sweep / SWEEP}: {later}")
     if fault := shapes.wrong(spec, shapes.SWEEP):
         raise NotARun(f"{sweep / SWEEP} is not what `pdbench sweep` writes: {fault}")
     return dict(spec)
@@ -283,6 +285,8 @@ def _json(path: Path, problems: list[str], shape: Json | None = None) -> Json:
     except (OSError, ValueError) as why:
         problems.append(f"{path.name} is unreadable ({type(why).__name__})")
     else:
+        if later := shapes.newer(value):
+            raise NotARun(f"{path}: {later}")
         fault = "no JSON object" if not isinstance(value, dict) else shapes.wrong(value, shape or {})
         if not fault:
             return dict(value)

@@ -10,6 +10,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .errors import UserError
 from .managers import write
+from .plan_file import newer
 from .reconcile import claim
 
 Json = Dict[str, Any]
@@ -19,11 +20,14 @@ def read(state_dir: str) -> Optional[Json]:
     """Return the deployed plan, None when nothing is deployed."""
     path = Path(state_dir) / "plan.json"
     try:
-        return dict(json.loads(path.read_text()))
+        plan = dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): teardown.yml removes it, and deploy_pd.yml makes it anew") from None
+    if later := newer(plan):
+        raise UserError(f"{path}: {later}; teardown.yml of all hosts removes it")
+    return plan
 
 
 def store(state_dir: str, plan: Mapping[str, Any]) -> bool:

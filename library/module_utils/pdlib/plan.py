@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, firewall, flags, provision, routers, runtimes, transfer
+from . import engines, firewall, flags, plan_file, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
@@ -593,7 +593,7 @@ class Planner:
             workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
         self.check_frozen(workers)
         made = {
-            "schema": 1,
+            "schema": plan_file.SCHEMA,
             "ratio": str(self.ratio),
             "engine": self.engine.name,
             "engine_version": self.version,

@@ -9,6 +9,8 @@ from . import ratio as ratios
 from .errors import UserError
 
 Json = Dict[str, Any]
+#: the number of plan.json: it goes up when a name goes, or comes to mean something else (docs/formats.md)
+SCHEMA = 1
 _WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping", list: "a list"}
 _RANK = {
     **{"host!": str, "gpus!": [int], "argv!": [str], "env!": {"*": str}, "unit!": str, "address": str, "listen": str},
@@ -33,10 +35,20 @@ _PLAN: Json = {
 }
 
 
+def newer(plan: Any) -> str:
+    """Return why a plan of a later checkout is not read, "" for all others."""
+    found = plan.get("schema") if isinstance(plan, dict) else None
+    if isinstance(found, int) and found > SCHEMA:
+        return f"it has schema {found}, and this checkout knows {SCHEMA}: use the checkout that wrote it, or a newer one"
+    return ""
+
+
 def parse(text: str, where: str, remedy: str) -> Json:
     """Return the plan in a JSON text; raise UserError naming ``where``, what is wrong there, and the ``remedy``."""
     try:
         found = json.loads(text)
+        if later := newer(found):
+            raise UserError(f"{where}: {later}")
         fault = _fault(found, _PLAN, "") or _odd(found)
     except RecursionError:
         fault = "it is nested too deep"

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from . import bench_load, firewall
 from .errors import UserError, did_you_mean, nearest
+from .plan_file import newer
 from .variables import BENCH, CLUSTER, HOST, ONLY_TYPED, VARIABLES, VERB, Variable
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -16,7 +17,9 @@ _TYPO_CUTOFF = 0.87
 
 
 def check_extra_vars(extra: Mapping[str, Any]) -> None:
-    """Refuse ``-e`` names that are neither ours nor Ansible's own, saying which was meant."""
+    """Refuse ``-e`` names that are neither ours nor Ansible's own, saying which was meant, and manifests of later checkouts."""
+    if later := newer(extra.get("manifest")):
+        raise UserError(f"-e @manifest.json: {later}")
     for name in extra:
         if name == "_raw_params":
             # Ansible puts there what it could not split at "=" and blanks.
