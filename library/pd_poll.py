@@ -20,6 +20,12 @@ options:
     type: list
     elements: str
     default: []
+  keys:
+    description:
+      - The controller's folder of keys (C(pd_owner.key_folder)) when the module is to get C(api_key) and C(admin_api_key), as far as the
+        deployment has them. They come from the variables of these names, the controller's environment or that folder, and stand
+        in no task.
+    type: path
   quiet_s: {description: Least time between two lines of progress in seconds., type: float, default: 4}
   keep_going:
     description: Whether a host that fails or is gone is only told of, in C(lost), and the play goes on.
@@ -59,6 +65,7 @@ def main() -> None:
             "args": {"type": "dict", "default": {}},
             "timeout": {"type": "float", "default": 1800},
             "files": {"type": "list", "elements": "str", "default": []},
+            "keys": {"type": "path"},
             "quiet_s": {"type": "float", "default": 4},
             "keep_going": {"type": "bool", "default": False},
         },

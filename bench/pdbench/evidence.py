@@ -130,12 +130,12 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 class Evidence:
-    """Asks the servers of one deployment; ``headers`` carry the key, where there is one."""
+    """Asks the servers of one deployment; ``headers`` carry the key, if any, and ``admin`` that for what changes a worker."""
 
-    def __init__(self, deployment: Deployment, headers: Mapping[str, str], pool: Executor) -> None:
+    def __init__(self, deployment: Deployment, headers: Mapping[str, str], admin: Mapping[str, str], pool: Executor) -> None:
         """Make ready; metric pages are parsed in ``pool``, away from the process that stamps."""
         self.deployment = deployment
-        self._pool = pool
+        self._admin, self._pool = admin, pool
         # Each connection is used once: uvicorn drops idle ones after 5 s, and a POST that meets this is not sent again.
         connector = aiohttp.TCPConnector(force_close=True)
         self._session = aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT, connector=connector, trust_env=False)
@@ -189,9 +189,10 @@ class Evidence:
         return "stopped" if answer == "ok" else answer
 
     async def _told(self, url: str, body: Mapping[str, object] | None = None, within_s: float = 10.0) -> str:
-        """POST; return "ok" for HTTP 200, else what came instead."""
+        """Tell a worker to change; return "ok" for HTTP 200, else what came instead."""
+        within = aiohttp.ClientTimeout(total=within_s)
         try:
-            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=within_s)) as response:
+            async with self._session.post(url, json=body, headers=self._admin, timeout=within) as response:
                 text = " ".join((await response.text()).split())[:200]
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as why:
             return f"{type(why).__name__}: {why}".rstrip(": ")

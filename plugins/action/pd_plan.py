@@ -28,6 +28,7 @@ from pdlib import (  # noqa: E402
     bench_peers,
     bench_spec,
     engines,
+    keys,
     moves,
     plan,
     plan_file,
@@ -64,9 +65,12 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(str(error)) from None
 
     def _run(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        #: keys of our own making, by name
+        self._generated: dict[str, str] = {}
         verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
         extra = dict(load_extra_vars(loader=self._loader))
         settings.check_extra_vars(extra)
+        settings.check_typed(extra, [str(word) for word in context.CLIARGS.get("extra_vars") or ()])
         measures = verb in MEASURING
         if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
             raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
@@ -84,6 +88,7 @@ class ActionModule(ActionBase):
         by_host: dict[str, dict[str, Any]] = {}
         for host in ours:
             given = {name: hostvars[host].get(name) for name in VARIABLES if name not in ONLY_TYPED or name in extra}
+            given |= {name: self._key(name, given[name], current if as_deployed else None) for name in keys.FILES}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
@@ -117,10 +122,12 @@ class ActionModule(ActionBase):
                 together = self._meet(planner, groups["bench_clients"], cluster)
                 facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
                 return {"changed": False, **facts, **self._common(cluster)}
-            if (measures or verb == "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
-                raise UserError(
-                    f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
-                )
+            for name in keys.FILES if measures or verb == "rebalance" else ():
+                if current and current.get(name) and cluster[name] is None:
+                    raise UserError(
+                        f"the deployment has an {name}, and {verb}.yml has none: give it the same one (vault, "
+                        f"{keys.ENVIRONMENT[name]}, or -e @file)"
+                    )
             clients = groups["bench_clients"]
             planner.check_limit(clients if measures else [])
             if measures:
@@ -161,6 +168,9 @@ class ActionModule(ActionBase):
             facts["pd_units"] = {host: units.host_units(made, host) for host in made["hosts"]}
             facts["pd_leaving"] = plan.leaving(current, made)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
+            if discovered and not self._task.check_mode:
+                for name, key in self._generated.items():
+                    keys.keep(self._key_folder() / name, key)
             if self._task.args.get("show"):
                 changes = [tables.moves(facts["pd_moves"]["moves"])] if verb == "rebalance" else []
                 display.display("\n" + "\n".join([tables.workers(made), facts["pd_probe"]["says"], *changes]) + "\n")
@@ -271,6 +281,23 @@ class ActionModule(ActionBase):
     def _copy_path(self) -> Path:
         return ROOT / ".pd" / "deployed" / f"{self._inventory()}.json"
 
+    def _key_folder(self) -> Path:
+        return ROOT / ".pd" / "keys" / self._inventory()
+
+    def _key(self, name: str, given: Any, current: dict[str, Any] | None) -> Any:
+        """Return a key as a host's variables mean it; ``current``: the deployment that it must be the key of, if any."""
+        if given != keys.GENERATE:
+            return keys.resolve(name, given, os.environ, self._key_folder())
+        if name not in self._generated:
+            path = self._key_folder() / name
+            if current and current.get(name) and not path.exists():
+                raise UserError(
+                    f"{name} is {keys.GENERATE}, and {path} is not here: bring it from the controller that deployed; or "
+                    "deploy_pd.yml makes a new one, and all workers restart"
+                )
+            self._generated[name] = keys.resolve(name, given, os.environ, self._key_folder())
+        return self._generated[name]
+
     @staticmethod
     def _meet(planner: plan.Planner, clients: list[str], cluster: dict[str, Any]) -> dict[str, Any]:
         """Where several bench clients meet, {} for one; the address of a host that could not be asked may be open."""
@@ -310,6 +337,8 @@ class ActionModule(ActionBase):
             "user": getpass.getuser(),
             "verb": verb,
             "plan_copy": str(self._copy_path()),
+            "key_folder": str(self._key_folder()),
+            "own_key": str(self._key_folder() / keys.API) if keys.API in self._generated else "",
         }
 
     @staticmethod

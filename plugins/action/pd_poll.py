@@ -23,6 +23,11 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "library" / "module_utils"))
+
+from pdlib import keys  # noqa: E402
+from pdlib.errors import UserError  # noqa: E402
+
 display = Display()
 
 
@@ -66,6 +71,18 @@ def encoded(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: base64.b64encode(data).decode() for name, data in files.items()}
 
 
+def secrets(variables: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the deployment's keys by name; what a module starts on this machine shall not inherit them in its environment."""
+    own = variables["hostvars"][variables["inventory_hostname"]]
+    try:
+        found = {name: keys.resolve(name, own.get(name), os.environ, folder) for name in keys.FILES}
+    except UserError as error:
+        raise AnsibleActionFail(str(error)) from None
+    for name in keys.ENVIRONMENT.values():
+        os.environ.pop(name, None)
+    return {name: str(key) for name, key in found.items() if key is not None}
+
+
 class Paced:
     """Lines of progress of one host, every few seconds at most."""
 
@@ -82,7 +99,7 @@ class Paced:
 class ActionModule(ActionBase):
     """`pd_poll: {module: pd_units, args: {...}, timeout: 600, files: [...]}`; documented in library/pd_poll.py."""
 
-    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "quiet_s", "keep_going"})
+    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "keys", "quiet_s", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the last step's result, with the changes of all steps."""
@@ -92,6 +109,8 @@ class ActionModule(ActionBase):
         arguments = dict(self._task.args.get("args") or {})
         if self._task.args.get("files"):
             arguments["files"] = encoded(contents(self._task.args["files"]))
+        if self._task.args.get("keys"):
+            arguments |= secrets(variables, Path(self._task.args["keys"]))
         quiet = float(self._task.args.get("quiet_s", 4))
         return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout, quiet))
 

@@ -67,7 +67,8 @@ def test_the_command_of_a_closed_loop(tmp_path: Path) -> None:
 
 def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
     made = spec(
-        tmp_path, bench_request_rate="4,8.5", bench_arrival="constant", bench_warmup=0, api_key="k", bench_slo_ttft_ms=200,
+        tmp_path, bench_request_rate="4,8.5", bench_arrival="constant", bench_warmup=0, api_key="k", admin_api_key="a",
+        bench_slo_ttft_ms=200,
         bench_verify_outputs=8, bench_slo_tpot_ms=30, bench_slo_e2e_ms=5000,
     )  # fmt: skip
     wanted = {
@@ -79,6 +80,7 @@ def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
         "--slo-tpot-ms": "30.0",
         "--slo-e2e-ms": "5000.0",
         "--api-key-file": "/s/secrets/api_key",
+        "--admin-api-key-file": "/s/secrets/admin_api_key",
     }
     assert {flag: value(made["argv"], flag) for flag in wanted} == wanted
     assert "--concurrency" not in made["argv"]
@@ -228,11 +230,12 @@ def test_another_client_goes_after_ours_with_a_virtualenv_of_its_own(tmp_path: P
     assert made["after"] == []
     assert [row["name"] for row in made["install"]] == ["pdbench"]
     (tmp_path / "tokenizer.json").write_text("{}")
-    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", model="a/b")
+    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", admin_api_key="a", model="a/b")
     wanted = {"--tool": "sglang", "--python": "/i/bench-sglang/bin/python", "--url": "http://127.0.0.1:8000", "--model": "a/b"}
     wanted |= {"--tokenizer": "{dir}/tokenizer.json", "--api-key-file": "/s/secrets/api_key"}
     assert made["after"][:5] == ["/i/pdbench/bin/python", "-m", "pdbench", "peer", "{dir}"]
     assert {flag: value(made["after"], flag) for flag in wanted} == wanted
+    assert "--admin-api-key-file" not in made["after"], "it changes nothing"
     row = made["install"][1]
     assert row == {
         "name": "bench-sglang",

@@ -74,6 +74,7 @@ def run(folder: Path, changes: dict[str, str | None]) -> int:
         ({"--trace": TRACE, "--isl": None, "--osl": None, "--time-scale": "1"}, "--concurrency and --time-scale are ways"),
         ({"--trace": "/nonexistent", "--isl": None, "--osl": None}, "cannot read the trace"),
         ({"--api-key-file": "/nonexistent"}, "cannot read --api-key-file"),
+        ({"--admin-api-key-file": "/nonexistent"}, "cannot read --admin-api-key-file"),
         ({"--plan": "/nonexistent"}, "cannot read the plan"),
         ({"--concurency": "3"}, "unrecognized arguments"),
     ],

@@ -94,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--model", help="name that the server serves (not needed by --api generate)")
     where.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the key alone")
     where.add_argument(
+        "--admin-api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the same for what changes workers: slow_down, profiles, caches (default: --api-key-file)",
+    )
+    where.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
@@ -173,7 +179,8 @@ def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
         prompts=sent.prompts,
         warmup=args.warmup,
         timeout_s=args.timeout,
-        headers=_headers(args.api_key_file),
+        headers=_headers("--api-key-file", args.api_key_file),
+        admin=_headers("--admin-api-key-file", args.admin_api_key_file or args.api_key_file),
         deployment=deployment,
         scrape_every_s=args.scrape_interval,
         processes=args.processes,
@@ -207,13 +214,13 @@ def _url(url: str | None) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _headers(key_file: Path | None) -> dict[str, str]:
+def _headers(option: str, key_file: Path | None) -> dict[str, str]:
     if key_file is None:
         return {}
     try:
         key = key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as why:
-        raise LoadError(f"cannot read --api-key-file {key_file}: {getattr(why, 'strerror', None) or why}") from None
+        raise LoadError(f"cannot read {option} {key_file}: {getattr(why, 'strerror', None) or why}") from None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise LoadError(f"--api-key-file {key_file} must hold one key and nothing else")
+        raise LoadError(f"{option} {key_file} must hold one key and nothing else")
     return {"Authorization": f"Bearer {key}"}

@@ -161,7 +161,7 @@ class Session:
         if self._plan.deployment is not None and meeting.leads:
             from pdbench.evidence import Evidence  # aiohttp takes a quarter of a second to import
 
-            evidence = Evidence(self._plan.deployment, self._plan.headers, ThreadPoolExecutor(1))
+            evidence = Evidence(self._plan.deployment, self._plan.headers, self._plan.admin, ThreadPoolExecutor(1))
         serial = 1
         try:
             verify = evidence is not None and self._plan.setup.verify_outputs > 0

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, flags, provision, routers, runtimes, transfer
+from . import engines, flags, keys, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
@@ -62,6 +62,7 @@ class Planner:
         self.version = self._engine_version()
         self.router = routers.router(self.cluster["router"])
         routers.check(self.router, self.engine, self.version, self.cluster, self.ratio.disaggregated)
+        keys.check(self.cluster, self.engine.name, self.engine.admin_key)
         if self.engine.needs_model and not self.cluster["model"]:
             raise UserError(
                 f"model is not set: engine {self.engine.name} needs a path or hub name, such as -e model=Qwen/Qwen2.5-3B-Instruct"
@@ -427,8 +428,8 @@ class Planner:
             node=host, rdma_fabric=links[host].fabric if links[host].devices else "none",
             fabric=fabric, gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
-            api_key=self.cluster["api_key"] is not None, address=addresses[host], cache_dir=settings["cache_dir"],
-            npu=self._npu(host),
+            api_key=self.cluster["api_key"] is not None, admin_api_key=self.cluster["admin_api_key"] is not None,
+            address=addresses[host], cache_dir=settings["cache_dir"], npu=self._npu(host),
         )  # fmt: skip
         given = flags.overlaid(self.engine.flags(context), self._engine_args(host, worker.role))
         own = self._engine_env(host, worker.role)
@@ -598,6 +599,7 @@ class Planner:
             "model": self.model,
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,
+            "admin_api_key": self.cluster["admin_api_key"] is not None,
             # Aggregated workers move no KV cache, whatever is set for those that do.
             "transfer_backend": backend if pairs else "none",
             "transfer_backend_reason": reason if pairs else "aggregated workers move no KV cache",

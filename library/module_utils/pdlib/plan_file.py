@@ -21,7 +21,8 @@ _LINK = {
 }
 #: A name that ends in "!" must be there, others may be absent or null; "*" stands for any other name.
 _PLAN: Json = {
-    **{"ratio!": str, "engine": str, "engine_version": str, "api_key": bool, "model": str, "transfer_backend": str},
+    **{"ratio!": str, "engine": str, "engine_version": str, "model": str, "transfer_backend": str},
+    **{"api_key": bool, "admin_api_key": bool},
     "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
     "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str}, "members": [str]},

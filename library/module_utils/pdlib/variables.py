@@ -125,7 +125,23 @@ def _table() -> Dict[str, Variable]:
             maximum=65535,
         ),
         v("dist_init_port_base", "int", 5757, CLUSTER, "First rendezvous port of multi-node workers.", minimum=1, maximum=65535),
-        v("api_key", "str", None, CLUSTER, "Key that clients, router and workers share (put it in a vault).", secret=True),
+        v(
+            "api_key",
+            "str",
+            None,
+            CLUSTER,
+            "Key that clients, router and workers share: from a vault, or `generate` for one of ours; not set: `PD_API_KEY` of the "
+            "controller's environment, if any (docs/security.md).",
+            secret=True,
+        ),
+        v(
+            "admin_api_key",
+            "str",
+            None,
+            CLUSTER,
+            "Key that workers want, and no other, for slow_down, profiles, caches and roles: likewise, or `PD_ADMIN_API_KEY`.",
+            secret=True,
+        ),
         v("ready_timeout", "int", 1800, CLUSTER, "Longest wait for workers and router to become ready.", minimum=1, unit="s"),
         v(
             "router",
