@@ -99,7 +99,7 @@ def main() -> None:
                 files = {name: p["files"][path] for name, path in p["names"].items()}
                 if p["load"]:
                     files["load.yml"] = base64.b64encode(json.dumps(p["load"], indent=1).encode()).decode()
-                secrets = {name: p[name] for name in keys.FILES if p[name]}
+                secrets = {name: p[name] for name in keys.SHARED if p[name]}
                 job.start(p["argv"], p["plan"], files, secrets, p["needed_mb"], p["selfcheck"], p["after"], p["meet_key"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])

@@ -19,6 +19,8 @@ options:
   units: {description: The host's units from the plan., type: list, elements: dict, default: []}
   api_key: {description: The key that the units share., type: str}
   admin_api_key: {description: The key for what changes a worker., type: str}
+  router_tls_cert: {description: The router's certificate (PEM)., type: str}
+  router_tls_key: {description: Its private key (PEM)., type: str}
   service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
   keep:
@@ -70,6 +72,8 @@ def main() -> None:
             "units": {"type": "list", "elements": "dict", "default": []},
             "api_key": {"type": "str", "no_log": True},
             "admin_api_key": {"type": "str", "no_log": True},
+            "router_tls_cert": {"type": "str"},
+            "router_tls_key": {"type": "str", "no_log": True},
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "keep": {"type": "list", "elements": "str", "default": []},

@@ -71,18 +71,6 @@ def encoded(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: base64.b64encode(data).decode() for name, data in files.items()}
 
 
-def secrets(variables: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the deployment's keys by name; what a module starts on this machine shall not inherit them in its environment."""
-    own = variables["hostvars"][variables["inventory_hostname"]]
-    try:
-        found = {name: keys.resolve(name, own.get(name), os.environ, folder) for name in keys.FILES}
-    except UserError as error:
-        raise AnsibleActionFail(str(error)) from None
-    for name in keys.ENVIRONMENT.values():
-        os.environ.pop(name, None)
-    return {name: str(key) for name, key in found.items() if key is not None}
-
-
 class Paced:
     """Lines of progress of one host, every few seconds at most."""
 
@@ -110,9 +98,28 @@ class ActionModule(ActionBase):
         if self._task.args.get("files"):
             arguments["files"] = encoded(contents(self._task.args["files"]))
         if self._task.args.get("keys"):
-            arguments |= secrets(variables, Path(self._task.args["keys"]))
+            arguments |= self.secrets(variables, self._task.args["keys"], arguments.get("units", []))
         quiet = float(self._task.args.get("quiet_s", 4))
         return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout, quiet))
+
+    def secrets(
+        self, variables: Mapping[str, Any], places: Mapping[str, Any], units: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """Return what lies in private files of the host by name: the deployment's keys, and what the router's unit reads for TLS.
+
+        What a module starts on this machine shall not inherit keys in its environment.
+        """
+        own = variables["hostvars"][variables["inventory_hostname"]]
+        try:
+            found = {name: keys.resolve(name, own.get(name), os.environ, Path(places["folder"])) for name in keys.SHARED}
+        except UserError as error:
+            raise AnsibleActionFail(str(error)) from None
+        for name in keys.ENVIRONMENT.values():
+            os.environ.pop(name, None)
+        for name in (keys.CERT, keys.CERT_KEY):
+            if any(keys.reads(unit, name) for unit in units):
+                found[name] = self._loader.get_text_file_contents(str(ROOT / places[name]))
+        return {name: str(key) for name, key in found.items() if key is not None}
 
     def kept_going(self, variables: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what ``work`` does; with `keep_going`, a host that fails or is gone is told of in ``lost``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ BAD = ("0", "5-4", "normal:512", "lognormal:512:9", "512,4096", "512@0", "@1", "
 NOW = 1_700_000_000.0
 
 
-def spec(root: Path, clients: tuple[str, ...] = ("n1",), **options: Any) -> Json:
+def spec(root: Path, clients: tuple[str, ...] = ("n1",), tls_ca: str = "", **options: Any) -> Json:
     given = inputs({"n1": host(1, state_dir="/s", install_dir="/i"), "n2": host(2)}, "2p1d", **options)
+    given = replace(given, tls_ca=tls_ca)
     made = bench_spec.make(make_plan(given), given.cluster, clients, given.hosts, str(root), NOW, "127.0.0.1:8890", "k" * 32)
     return {**made, **next(iter(made["clients"].values()))}
 
@@ -223,6 +225,15 @@ def test_the_room_that_is_needed_grows_with_what_is_recorded(tmp_path: Path) -> 
     assert needed(bench_num_requests=10_000, bench_concurrency="8,16") > base
     assert needed(bench_num_requests=10_000, bench_output_len="64-1280") > base
     assert needed(bench_num_requests=10_000, bench_min_free_mb=1000) == base + 800
+
+
+def test_whom_clients_trust_lies_beside_the_run(tmp_path: Path) -> None:
+    secure: dict[str, Any] = {"router_tls_cert": "a.pem", "router_tls_key": "a.key"}
+    assert "--ca-file" not in spec(tmp_path)["clients"]["n1"]["argv"]
+    made = spec(tmp_path, tls_ca="PEM", **secure)
+    assert value(made["clients"]["n1"]["argv"], "--ca-file") == "{dir}/router-ca.pem"
+    with pytest.raises(UserError, match="bench_tool=vllm is not told whom to trust, and router_tls_cert is set"):
+        spec(tmp_path, bench_tool="vllm", **secure)
 
 
 def test_another_client_goes_after_ours_with_a_virtualenv_of_its_own(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pdbench.run.order import Plan
 from pdbench.run.session import CannotMeasureError, Session
 from pdbench.run.summary import Bounds, Setup
 from pdbench.run.table import render
+from pdbench.trust import trusting
 
 _EPILOG = f"""{load_options.HELP}
 
@@ -100,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
         help="the same for what changes workers: slow_down, profiles, caches (default: --api-key-file)",
     )
     where.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="with an https URL: whom to trust, PEM (default: the system's)"
+    )
+    where.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
@@ -171,8 +175,11 @@ def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
         bounds=Bounds(args.max_loop_lag_ms, args.max_lateness_ms, args.min_delivered),
         verify_outputs=args.verify_outputs,
     )
+    url = _url(args.url)
+    if args.ca_file and not url.startswith("https:"):
+        raise LoadError(f"--ca-file goes with an https URL, and --url is {url}")
     plan = Plan(
-        url=_url(args.url),
+        url=url,
         target=Target(args.api, sent.kind, args.model or ""),
         loads=sent.loads,
         setup=setup,
@@ -181,6 +188,7 @@ def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
         timeout_s=args.timeout,
         headers=_headers("--api-key-file", args.api_key_file),
         admin=_headers("--admin-api-key-file", args.admin_api_key_file or args.api_key_file),
+        ca=_certificates(args.ca_file) if args.ca_file else "",
         deployment=deployment,
         scrape_every_s=args.scrape_interval,
         processes=args.processes,
@@ -212,6 +220,19 @@ def _url(url: str | None) -> str:
         shown = f"--url {url!r} is none" if url else "--url is missing"
         raise LoadError(f"{shown}: write scheme, host and port, such as http://127.0.0.1:8000")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _certificates(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as why:
+        raise LoadError(f"--ca-file {path}: {why.strerror or why}") from None
+    try:
+        text = content.decode("ascii")
+        trusting(text or "none")
+    except (OSError, ValueError):
+        raise LoadError(f"--ca-file {path}: it holds no certificate in PEM") from None
+    return text
 
 
 def _headers(option: str, key_file: Path | None) -> dict[str, str]:

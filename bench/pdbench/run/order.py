@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Plan:
     """Everything a run needs to know; ``warmup`` None: as many requests as the concurrency (8 in an open loop).
 
-    ``headers`` carry the key, where there is one, and ``admin`` that for what changes a worker.
+    ``headers`` carry the key, where there is one, and ``admin`` that for what changes a worker;
+    ``ca``: certificates (PEM) that alone are trusted, "" for the system's.
     """
 
     url: str
@@ -34,6 +35,7 @@ class Plan:
     timeout_s: float
     headers: Mapping[str, str]
     admin: Mapping[str, str]
+    ca: str
     deployment: Deployment | None
     scrape_every_s: float
     processes: int = 1

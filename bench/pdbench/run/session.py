@@ -89,7 +89,7 @@ class Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         plan = self._plan
-        endpoint = Endpoint(plan.url, PATHS[plan.target.api], plan.headers, plan.timeout_s)
+        endpoint = Endpoint(plan.url, PATHS[plan.target.api], plan.headers, plan.timeout_s, plan.ca)
         crew = Crew(self._folder.path, endpoint, plan.processes, fault=self._broken, progress=self._ended, failed=self._failed)
         try:
             target = await self._probe(crew)

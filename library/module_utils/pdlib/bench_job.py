@@ -21,6 +21,8 @@ from .reconcile import STEP_S, Outcome, claim
 Json = Dict[str, Any]
 #: File of a run's folder with the secret by which several clients know each other.
 MEET_KEY = "meet.key"
+#: File of a run's folder with the certificates that it trusts, where the router speaks TLS.
+ROUTER_CA = "router-ca.pem"
 
 
 class Job:
@@ -88,6 +90,8 @@ class Job:
         write(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n", 0o600)
         for name, content in files.items():
             (self.folder / name).write_bytes(base64.b64decode(content))
+        if (plan.get("router") or {}).get("tls_ca"):
+            write(self.folder / ROUTER_CA, plan["router"]["tls_ca"], 0o644)
         if meet_key:
             write(self.folder / MEET_KEY, meet_key, 0o600)
         for name, key in secrets.items():

@@ -35,6 +35,8 @@ def check(cluster: Mapping[str, Any], emulated: bool, clients: int = 1) -> None:
         raise UserError(
             f"{said} sends from one host, and bench_clients has {clients}: leave one there, or take bench_tool=pdbench"
         )
+    if cluster["router_tls_cert"]:
+        raise UserError(f"{said} is not told whom to trust, and router_tls_cert is set: take bench_tool=pdbench")
     given = [name for name in _UNSENDABLE if cluster[name]]
     if given:
         raise UserError(f"{said} cannot send the load of {listing(given)}: leave it out, or take bench_tool=pdbench")

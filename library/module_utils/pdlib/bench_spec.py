@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 from . import bench_load, bench_peers, keys
-from .bench_job import MEET_KEY
+from .bench_job import MEET_KEY, ROUTER_CA
 from .errors import UserError
 
 Json = Dict[str, Any]
@@ -111,6 +111,8 @@ def make(
         argv += ["--model", plan["served_model_name"], *load, "--plan", "{dir}/plan.json", "--output", "{dir}"]
         for flag, file in keys.flags(me["state_dir"], plan["api_key"], plan["admin_api_key"]).items():
             argv += [f"{flag}-file", file]
+        if plan["router"].get("tls_ca"):
+            argv += ["--ca-file", f"{{dir}}/{ROUTER_CA}"]
         if len(clients) > 1:
             argv += ["--share", f"{number}/{len(clients)}", "--meet", meet, "--meet-key", f"{{dir}}/{MEET_KEY}"]
         me["argv"] = argv

@@ -14,8 +14,11 @@ from typing import Any, Dict, Mapping, Optional
 from .errors import UserError
 
 API, ADMIN = "api_key", "admin_api_key"
-#: Under a host's state directory: the keys, and the launcher that reads them.
-FILES = {API: "secrets/api_key", ADMIN: "secrets/admin_api_key"}
+SHARED = (API, ADMIN)
+#: The router's own, for TLS.
+CERT, CERT_KEY = "router_tls_cert", "router_tls_key"
+#: Under a host's state directory: what lies there in files of mode 0600, and the launcher that reads keys.
+FILES = {name: f"secrets/{name}" for name in (*SHARED, CERT, CERT_KEY)}
 LAUNCHER = "bin/with_api_key.py"
 #: Where the controller's environment may have them.
 ENVIRONMENT = {API: "PD_API_KEY", ADMIN: "PD_ADMIN_API_KEY"}
@@ -27,7 +30,12 @@ _FLAGS = {API: "--api-key", ADMIN: "--admin-api-key"}
 def flags(state_dir: str, api: bool, admin: bool = False) -> Dict[str, str]:
     """Return the flags of the keys that are set, each with the file that holds the key."""
     given = {API: api, ADMIN: admin}
-    return {_FLAGS[name]: f"{state_dir}/{FILES[name]}" for name in FILES if given[name]}
+    return {_FLAGS[name]: f"{state_dir}/{FILES[name]}" for name in SHARED if given[name]}
+
+
+def reads(unit: Mapping[str, Any], name: str) -> bool:
+    """Whether a unit's command line names the file of a key."""
+    return any(str(item).endswith(f"/{FILES[name]}") for item in unit["argv"])
 
 
 def resolve(name: str, given: Any, environ: Mapping[str, str], folder: Path) -> Any:

@@ -29,7 +29,7 @@ class Inputs:
 
     ``groups``: group -> hosts in inventory order; ``cluster`` and ``hosts``: typed settings (settings.py); ``limit``: the
     hosts of ``--limit``, None without one; ``current``: the deployed plan; ``discovered``: host -> facts found there;
-    ``overrides``: the extra-vars that the deployment is made with (no secrets).
+    ``overrides``: the extra-vars that the deployment is made with (no secrets); ``tls_ca``: what clients of the router trust.
     """
 
     groups: Mapping[str, Sequence[str]]
@@ -39,6 +39,7 @@ class Inputs:
     current: Optional[Json] = None
     discovered: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    tls_ca: str = ""
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], ratio: ratios.Ratio) -> None:
@@ -487,9 +488,10 @@ class Planner:
             check_interval=cluster["router_health_check_interval"], ready_timeout=cluster["ready_timeout"],
             disaggregated=self.ratio.disaggregated, engine=self.engine.name,
             workers=[(w["role"], w["url"], w["ranks"][0].get("bootstrap_port")) for w in workers],
-            api_key=cluster["api_key"] is not None,
+            api_key=cluster["api_key"] is not None, tls=bool(cluster["router_tls_cert"]),
         )  # fmt: skip
         extra = self.router.arguments(cluster["router_args"])
+        scheme = "https" if cluster["router_tls_cert"] else "http"
         registration = self.router.registers(self.engine.name, self.ratio.disaggregated)
         members = [] if registration else self.router.members(context)
         return {
@@ -498,8 +500,9 @@ class Planner:
             # Where members cannot change while it runs, they are what it is restarted for.
             "members": members if self.router.membership == "workers" else [], "membership": self.router.membership,
             "registration": registration, "env": {}, "address": addresses[host], "listen": listen, "port": cluster["router_port"],
-            "prometheus_port": cluster["router_prometheus_port"], "url": f"http://{addresses[host]}:{cluster['router_port']}",
+            "prometheus_port": cluster["router_prometheus_port"], "url": f"{scheme}://{addresses[host]}:{cluster['router_port']}",
             "metrics_url": f"http://{addresses[host]}:{cluster['router_prometheus_port']}/metrics",
+            **({"tls_ca": self.inputs.tls_ca} if cluster["router_tls_cert"] else {}),
         }  # fmt: skip
 
     def _needs(self, host: str, has_worker: bool, link: Link) -> transfer.Needs:

@@ -25,7 +25,7 @@ _PLAN: Json = {
     **{"api_key": bool, "admin_api_key": bool},
     "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
-    "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str}, "members": [str]},
+    "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str, "tls_ca": str}, "members": [str]},
     "hosts": {"*": {"address": str, "gpus": [int], "link": _LINK, "service_manager": str, "state_dir": str, "install_dir": str}},
     "overrides": dict,
     "kv_probe": {"*": dict},

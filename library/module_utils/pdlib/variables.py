@@ -150,6 +150,22 @@ def _table() -> Dict[str, Variable]:
             CLUSTER,
             "The router in front of the workers: `sglang-router`, `smg`, `vllm-router`, or for debugging `mini-lb`.",
         ),
+        v(
+            "router_tls_cert",
+            "str",
+            None,
+            CLUSTER,
+            "The router speaks HTTPS with this certificate: a PEM file of the controller, relative to the checkout, that names the "
+            "router's `address` (docs/security.md).",
+        ),
+        v("router_tls_key", "str", None, CLUSTER, "Its private key: a PEM file (0600) of the controller, or one in a vault."),
+        v(
+            "router_tls_ca",
+            "str",
+            None,
+            CLUSTER,
+            "What clients of ours trust: a PEM file of the controller; not set: `router_tls_cert`, which is then its own CA.",
+        ),
         v("router_port", "int", 8000, CLUSTER, "The router's port for clients.", minimum=1, maximum=65535),
         v("router_prometheus_port", "int", 29000, CLUSTER, "The router's metrics port.", minimum=1, maximum=65535),
         v("router_policy", "str", "round_robin", CLUSTER, "How the router chooses a worker.", choices=POLICIES),
