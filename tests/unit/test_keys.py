@@ -16,7 +16,7 @@ HERE = {"PD_API_KEY": "from-here", "PD_ADMIN_API_KEY": "admin-from-here"}
 
 def test_the_variable_is_stronger_than_the_environment(tmp_path: Path) -> None:
     assert keys.resolve(keys.API, "mine", HERE, tmp_path) == "mine"
-    assert [keys.resolve(name, None, HERE, tmp_path) for name in keys.FILES] == ["from-here", "admin-from-here"]
+    assert [keys.resolve(name, None, HERE, tmp_path) for name in keys.SHARED] == ["from-here", "admin-from-here"]
     assert keys.resolve(keys.API, None, {"PD_API_KEY": ""}, tmp_path) is None
     assert keys.resolve(keys.API, None, {"PD_API_KEY": "generate"}, tmp_path)
 
