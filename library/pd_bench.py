@@ -21,6 +21,7 @@ options:
   names: {description: "What they are called in the run's folder: name to path.", type: dict, default: {}}
   load: {description: "What C(--load) reads, as load.yml.", type: dict, default: {}}
   api_key: {description: The key of the deployment., type: str}
+  admin_api_key: {description: The key for what changes a worker., type: str}
   meet_key: {description: What the clients of a run that several make know each other by., type: str}
   needed_mb: {description: Free disk that must be there., type: int, default: 0}
   archive: {description: Where C(pack) writes., type: str, default: ""}
@@ -50,7 +51,7 @@ import base64
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import bench_job
+from ansible.module_utils.pdlib import bench_job, keys
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -69,6 +70,7 @@ def main() -> None:
             "names": {"type": "dict", "default": {}},
             "load": {"type": "dict", "default": {}},
             "api_key": {"type": "str", "no_log": True},
+            "admin_api_key": {"type": "str", "no_log": True},
             "meet_key": {"type": "str", "no_log": True},
             "needed_mb": {"type": "int", "default": 0},
             "archive": {"type": "str", "default": ""},
@@ -97,7 +99,8 @@ def main() -> None:
                 files = {name: p["files"][path] for name, path in p["names"].items()}
                 if p["load"]:
                     files["load.yml"] = base64.b64encode(json.dumps(p["load"], indent=1).encode()).decode()
-                job.start(p["argv"], p["plan"], files, p["api_key"], p["needed_mb"], p["selfcheck"], p["after"], p["meet_key"])
+                secrets = {name: p[name] for name in keys.SHARED if p[name]}
+                job.start(p["argv"], p["plan"], files, secrets, p["needed_mb"], p["selfcheck"], p["after"], p["meet_key"])
             outcome = job.watch()
             result.update(done=outcome.done, message=outcome.message, changed=True, changes=[f"ran {p['run_id']}"])
         elif p["action"] == "pack":

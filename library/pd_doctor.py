@@ -59,7 +59,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import deployed, doctor_ask, doctor_look, doctor_reach, facts
+from ansible.module_utils.pdlib import deployed, doctor_ask, doctor_look, doctor_reach, facts, keys
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -75,8 +75,7 @@ def look_at_host(p: Dict[str, Any]) -> Dict[str, Any]:
 
 def look_at_network(p: Dict[str, Any]) -> Dict[str, Any]:
     """Return what the host reaches, and what router and workers say where it is the one that asks."""
-    key_file = Path(p["state_dir"]) / "secrets" / "api_key"
-    key = key_file.read_text().strip() if key_file.exists() else None
+    key = keys.kept(Path(p["state_dir"]) / keys.FILES[keys.API])
     with ThreadPoolExecutor(max_workers=1) as pool:
         asked = None
         if p["plan"]:

@@ -55,7 +55,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import drain, gateway, reconcile
+from ansible.module_utils.pdlib import drain, gateway, keys, reconcile
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -74,13 +74,12 @@ def main() -> None:
         supports_check_mode=True,
     )
     p, plan = module.params, module.params["plan"]
-    key_file = Path(p["state_dir"]) / "secrets" / "api_key"
-    # What the running router was started with; a key that goes is still needed until the units have changed.
-    key = key_file.read_text().strip() if key_file.exists() else None
-    router = gateway.Gateway(plan["router"]["url"], key, plan["router"])
     wanted = gateway.wanted_members(plan)
     pairs, keep = [], {}
     try:
+        # What the running router was started with; a key that goes is still needed until the units have changed.
+        key = keys.kept(Path(p["state_dir"]) / keys.FILES[keys.API])
+        router = gateway.Gateway(plan["router"]["url"], key, plan["router"])
         if p["action"] == "remove":
             staying = [member for member in wanted if member.url not in p["leaving"]]
             outcome = router.remove_surplus(staying, module.check_mode)

@@ -18,6 +18,9 @@ options:
   ratio: {description: "The deployment's ratio, for the units' descriptions.", type: str, default: ""}
   units: {description: The host's units from the plan., type: list, elements: dict, default: []}
   api_key: {description: The key that the units share., type: str}
+  admin_api_key: {description: The key for what changes a worker., type: str}
+  router_tls_cert: {description: The router's certificate (PEM)., type: str}
+  router_tls_key: {description: Its private key (PEM)., type: str}
   service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
   keep:
@@ -53,7 +56,7 @@ changes: {description: What was done., returned: always, type: list, sample: [st
 import base64
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import reconcile
+from ansible.module_utils.pdlib import keys, reconcile
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -68,6 +71,9 @@ def main() -> None:
             "ratio": {"type": "str", "default": ""},
             "units": {"type": "list", "elements": "dict", "default": []},
             "api_key": {"type": "str", "no_log": True},
+            "admin_api_key": {"type": "str", "no_log": True},
+            "router_tls_cert": {"type": "str"},
+            "router_tls_key": {"type": "str", "no_log": True},
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "keep": {"type": "list", "elements": "str", "default": []},
@@ -92,7 +98,7 @@ def main() -> None:
                 p["ratio"],
                 p["units"],
                 module.check_mode,
-                p["api_key"],
+                {name: p[name] for name in keys.FILES if p[name]},
                 launcher,
                 p["service_user"],
                 files,

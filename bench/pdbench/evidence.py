@@ -28,6 +28,7 @@ from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
 from pdbench.reading import json_of
 from pdbench.records import replacing
+from pdbench.trust import trusting
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(\{.*\})?\s+(\S+)(?:\s+-?\d+)?$")
@@ -59,7 +60,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once."""
+    """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once.
+
+    ``router_ca``: certificates (PEM) that vouch for a router that speaks TLS.
+    """
 
     ratio: str
     engine: Engine
@@ -68,6 +72,7 @@ class Deployment:
     router_metrics_url: str
     workers: Mapping[str, str]
     pairs: tuple[Pair, ...] = ()
+    router_ca: str = ""
 
 
 def read_plan(path: Path) -> Deployment:
@@ -77,6 +82,9 @@ def read_plan(path: Path) -> Deployment:
         if fault := shapes.wrong(plan, shapes.PLAN):
             raise ValueError(fault)
         workers = plan["workers"]
+        router_ca = str(plan["router"].get("tls_ca") or "")
+        if router_ca:
+            trusting(router_ca)
         by_name = {str(worker["name"]): worker for worker in workers}
         return Deployment(
             ratio=str(plan["ratio"]),
@@ -85,6 +93,7 @@ def read_plan(path: Path) -> Deployment:
             gpus=len({(rank["host"], gpu) for worker in workers for rank in worker["ranks"] for gpu in rank["gpus"]}),
             router_url=str(plan["router"]["url"]).rstrip("/"),
             router_metrics_url=str(plan["router"].get("metrics_url") or ""),
+            router_ca=router_ca,
             workers={name: str(worker["url"]).rstrip("/") for name, worker in by_name.items()},
             pairs=tuple(_pair(by_name, pair["prefill"], pair["decode"]) for pair in plan.get("pairs") or []),
         )
@@ -130,14 +139,15 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 class Evidence:
-    """Asks the servers of one deployment; ``headers`` carry the key, where there is one."""
+    """Asks the servers of one deployment; ``headers`` carry the key, if any, and ``admin`` that for what changes a worker."""
 
-    def __init__(self, deployment: Deployment, headers: Mapping[str, str], pool: Executor) -> None:
+    def __init__(self, deployment: Deployment, headers: Mapping[str, str], admin: Mapping[str, str], pool: Executor) -> None:
         """Make ready; metric pages are parsed in ``pool``, away from the process that stamps."""
         self.deployment = deployment
-        self._pool = pool
+        self._admin, self._pool = admin, pool
         # Each connection is used once: uvicorn drops idle ones after 5 s, and a POST that meets this is not sent again.
-        connector = aiohttp.TCPConnector(force_close=True)
+        trust = trusting(deployment.router_ca) if deployment.router_ca else True
+        connector = aiohttp.TCPConnector(force_close=True, ssl=trust)
         self._session = aiohttp.ClientSession(headers=headers, timeout=_TIMEOUT, connector=connector, trust_env=False)
         self.rows: list[tuple[int, float, str, str, str, float]] = []
 
@@ -189,9 +199,10 @@ class Evidence:
         return "stopped" if answer == "ok" else answer
 
     async def _told(self, url: str, body: Mapping[str, object] | None = None, within_s: float = 10.0) -> str:
-        """POST; return "ok" for HTTP 200, else what came instead."""
+        """Tell a worker to change; return "ok" for HTTP 200, else what came instead."""
+        within = aiohttp.ClientTimeout(total=within_s)
         try:
-            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=within_s)) as response:
+            async with self._session.post(url, json=body, headers=self._admin, timeout=within) as response:
                 text = " ".join((await response.text()).split())[:200]
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as why:
             return f"{type(why).__name__}: {why}".rstrip(": ")

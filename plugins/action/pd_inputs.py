@@ -15,7 +15,7 @@ from ansible.plugins.action import ActionBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import plan, settings  # noqa: E402
+from pdlib import keys, plan, settings  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 from pdlib.variables import VARIABLES  # noqa: E402
 
@@ -59,7 +59,10 @@ class ActionModule(ActionBase):
         given = {}
         for name in known.keys() & VARIABLES.keys():
             value = case[name] if name in case else templar.template(known[name])
-            given[name] = SET if VARIABLES[name].secret and value is not None else value
+            given[name] = f"{SET}-{name}" if VARIABLES[name].secret and value is not None else value
+        for name, variable in keys.ENVIRONMENT.items():
+            if given.get(name) is None and os.environ.get(variable):
+                given[name] = f"{SET}-{name}"
         return given
 
     @staticmethod

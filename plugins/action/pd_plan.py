@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible import context
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible.utils.vars import load_extra_vars
@@ -29,6 +29,7 @@ from pdlib import (  # noqa: E402
     bench_spec,
     engines,
     firewall,
+    keys,
     moves,
     plan,
     plan_file,
@@ -37,6 +38,7 @@ from pdlib import (  # noqa: E402
     profile_spec,
     settings,
     tables,
+    tls,
     transfer,
     units,
 )
@@ -65,9 +67,12 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(str(error)) from None
 
     def _run(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        #: keys of our own making, by name
+        self._generated: dict[str, str] = {}
         verb, discovered = self._task.args["verb"], bool(self._task.args.get("discovered"))
         extra = dict(load_extra_vars(loader=self._loader))
         settings.check_extra_vars(extra)
+        settings.check_typed(extra, [str(word) for word in context.CLIARGS.get("extra_vars") or ()])
         measures = verb in MEASURING
         if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
             raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
@@ -85,6 +90,7 @@ class ActionModule(ActionBase):
         by_host: dict[str, dict[str, Any]] = {}
         for host in ours:
             given = {name: hostvars[host].get(name) for name in VARIABLES if name not in ONLY_TYPED or name in extra}
+            given |= {name: self._key(name, given[name], current if as_deployed else None) for name in keys.SHARED}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
         plan.check_group_names(groups)
@@ -108,9 +114,10 @@ class ActionModule(ActionBase):
             limit=frozenset(self._limited(task_vars)) if limit and verb != "doctor" else None,
             current=current,
             discovered=found,
+            tls_ca="" if verb in ("doctor", "teardown") else self._trusted(cluster, None),
             overrides={**inherited, **{k: v for k, v in extra.items() if self._is_override(k, v)}},
         )
-        facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb)}
+        facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb, cluster)}
         if verb != "teardown":
             planner = plan.Planner(inputs)
             if verb == "doctor":
@@ -118,10 +125,12 @@ class ActionModule(ActionBase):
                 together = self._meet(planner, groups["bench_clients"], cluster)
                 facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
                 return {"changed": False, **facts, **self._common(cluster)}
-            if (measures or verb == "rebalance") and current and current["api_key"] and cluster["api_key"] is None:
-                raise UserError(
-                    f"the deployment has an api_key, and {verb}.yml has none: give it the same one (vault, or -e @file)"
-                )
+            for name in keys.SHARED if measures or verb == "rebalance" else ():
+                if current and current.get(name) and cluster[name] is None:
+                    raise UserError(
+                        f"the deployment has an {name}, and {verb}.yml has none: give it the same one (vault, "
+                        f"{keys.ENVIRONMENT[name]}, or -e @file)"
+                    )
             clients = groups["bench_clients"]
             planner.check_limit(clients if measures else [])
             if measures:
@@ -142,6 +151,7 @@ class ActionModule(ActionBase):
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
             self._check_files(made)
+            self._trusted(cluster, made["router"]["address"])
             if verb == "rebalance":
                 facts["pd_moves"] = self._moves(current or {}, made, discovered)
             if measures:
@@ -164,6 +174,9 @@ class ActionModule(ActionBase):
             has = {host: found.get(host, {}).get("firewall") == own["state_dir"] for host, own in by_host.items()}
             facts["pd_firewall"] = firewall.changes(current, made, has)
             facts["pd_accelerators"] = {host: planner.accelerated(host) for host in ours}
+            if discovered and not self._task.check_mode:
+                for name, key in self._generated.items():
+                    keys.keep(self._key_folder() / name, key)
             if self._task.args.get("show"):
                 changes = [tables.moves(facts["pd_moves"]["moves"])] if verb == "rebalance" else []
                 display.display("\n" + "\n".join([tables.workers(made), facts["pd_probe"]["says"], *changes]) + "\n")
@@ -212,6 +225,27 @@ class ActionModule(ActionBase):
             "pd_leaving": plan.leaving(current, made) if current and made else {},
             "pd_accelerators": {host: planner.accelerated(host) for host in ours},
         }
+
+    def _trusted(self, cluster: dict[str, Any], address: str | None) -> str:
+        """Return what clients of the router trust (PEM), "" where it speaks no TLS; raise UserError for what they would not."""
+        names = (keys.CERT, keys.CERT_KEY, "router_tls_ca")
+        if not all(cluster[name] for name in names[:2]):
+            return ""
+        cert, key, ca = (self._real_file(name, cluster[name] or cluster[keys.CERT]) for name in names)
+        return tls.check(cert, key, ca, address)
+
+    def _real_file(self, name: str, given: str) -> str:
+        """Return a file of the controller, deciphered when it is in a vault; raise UserError unless it can be read."""
+        path = ROOT / given
+        try:
+            real = str(self._loader.get_real_file(str(path)))
+        except AnsibleError:
+            raise UserError(f"{name}={given}: there is no such file, or it cannot be read (relative to the checkout)") from None
+        if name == keys.CERT_KEY and real == str(path) and path.stat().st_mode & 0o077:
+            raise UserError(
+                f"{name}={given} has mode {path.stat().st_mode & 0o777:04o}, so others can read it: chmod 600 {given}"
+            )
+        return real
 
     @staticmethod
     def _check_files(made: dict[str, Any]) -> None:
@@ -274,6 +308,23 @@ class ActionModule(ActionBase):
     def _copy_path(self) -> Path:
         return ROOT / ".pd" / "deployed" / f"{self._inventory()}.json"
 
+    def _key_folder(self) -> Path:
+        return ROOT / ".pd" / "keys" / self._inventory()
+
+    def _key(self, name: str, given: Any, current: dict[str, Any] | None) -> Any:
+        """Return a key as a host's variables mean it; ``current``: the deployment that it must be the key of, if any."""
+        if given != keys.GENERATE:
+            return keys.resolve(name, given, os.environ, self._key_folder())
+        if name not in self._generated:
+            path = self._key_folder() / name
+            if current and current.get(name) and not path.exists():
+                raise UserError(
+                    f"{name} is {keys.GENERATE}, and {path} is not here: bring it from the controller that deployed; or "
+                    "deploy_pd.yml makes a new one, and all workers restart"
+                )
+            self._generated[name] = keys.resolve(name, given, os.environ, self._key_folder())
+        return self._generated[name]
+
     @staticmethod
     def _meet(planner: plan.Planner, clients: list[str], cluster: dict[str, Any]) -> dict[str, Any]:
         """Where several bench clients meet, {} for one; the address of a host that could not be asked may be open."""
@@ -306,13 +357,15 @@ class ActionModule(ActionBase):
         names += ["model_dir", "cache_dir", "runtime", "engine_python", "mem_fraction"]
         return {host: {name: values[name] for name in names} for host, values in by_host.items()}
 
-    def _owner(self, verb: str) -> dict[str, Any]:
+    def _owner(self, verb: str, cluster: dict[str, Any]) -> dict[str, Any]:
         return {
             "controller": socket.gethostname(),
             "pid": os.getppid(),
             "user": getpass.getuser(),
             "verb": verb,
             "plan_copy": str(self._copy_path()),
+            "private": {"folder": str(self._key_folder()), **{name: cluster[name] for name in (keys.CERT, keys.CERT_KEY)}},
+            "own_key": str(self._key_folder() / keys.API) if keys.API in self._generated else "",
         }
 
     @staticmethod

@@ -23,6 +23,11 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "library" / "module_utils"))
+
+from pdlib import keys  # noqa: E402
+from pdlib.errors import UserError  # noqa: E402
+
 display = Display()
 
 
@@ -82,7 +87,7 @@ class Paced:
 class ActionModule(ActionBase):
     """`pd_poll: {module: pd_units, args: {...}, timeout: 600, files: [...]}`; documented in library/pd_poll.py."""
 
-    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "quiet_s", "keep_going"})
+    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "keys", "quiet_s", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the last step's result, with the changes of all steps."""
@@ -92,8 +97,29 @@ class ActionModule(ActionBase):
         arguments = dict(self._task.args.get("args") or {})
         if self._task.args.get("files"):
             arguments["files"] = encoded(contents(self._task.args["files"]))
+        if self._task.args.get("keys"):
+            arguments |= self.secrets(variables, self._task.args["keys"], arguments.get("units", []))
         quiet = float(self._task.args.get("quiet_s", 4))
         return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout, quiet))
+
+    def secrets(
+        self, variables: Mapping[str, Any], places: Mapping[str, Any], units: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """Return what lies in private files of the host by name: the deployment's keys, and what the router's unit reads for TLS.
+
+        What a module starts on this machine shall not inherit keys in its environment.
+        """
+        own = variables["hostvars"][variables["inventory_hostname"]]
+        try:
+            found = {name: keys.resolve(name, own.get(name), os.environ, Path(places["folder"])) for name in keys.SHARED}
+        except UserError as error:
+            raise AnsibleActionFail(str(error)) from None
+        for name in keys.ENVIRONMENT.values():
+            os.environ.pop(name, None)
+        for name in (keys.CERT, keys.CERT_KEY):
+            if any(keys.reads(unit, name) for unit in units):
+                found[name] = self._loader.get_text_file_contents(str(ROOT / places[name]))
+        return {name: str(key) for name, key in found.items() if key is not None}
 
     def kept_going(self, variables: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what ``work`` does; with `keep_going`, a host that fails or is gone is told of in ``lost``."""

@@ -65,6 +65,8 @@ class ActionModule(ActionBase):
                 text += f"\n{len(pairs)} of {len(pairs)} {what} (slowest first answer {slowest:.2f} s)"
             when = "would be ready" if self._task.check_mode else "ready"
             text += f"\n{when}: {plan['router']['url']}  ({plan['ratio']}, {plan['served_model_name']})"
+            own = planned["pd_owner"]["own_key"]
+            text += f"\nits key: {own}" if own else ""
             text += f"\nthe model is not whole: {plan['truncated']}" if plan.get("truncated") else ""
         display.display("\n" + text + ("\n" + NEXT[verb] if NEXT[verb] else "") + "\n")
         return {"changed": False}

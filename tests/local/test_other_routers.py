@@ -31,7 +31,7 @@ def front(
     context = routers.RouterContext(
         python=python, state_dir="", listen="127.0.0.1", port=port, prometheus_port=free_port(), policy="round_robin",
         prefill_policy=None, decode_policy=None, check_interval=1, ready_timeout=60, disaggregated=True, workers=members,
-        api_key=False, engine=engine,
+        api_key=False, tls=False, engine=engine,
     )  # fmt: skip
     context = dataclasses.replace(context, **changes)
     argv = [*facts.command(context), *flags.argv(facts.flags(context)), *(facts.members(context) if by_command_line else [])]

@@ -8,7 +8,6 @@ import itertools
 import mmap
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import httptools
 import pytest
+from certificates import certificate
 
 from pdbench.run.exchange import Endpoint, Exchange
 from pdbench.run.wire import Wire
@@ -104,10 +104,12 @@ def served() -> Iterator[Callable[..., Server]]:
         server.socket.close()
 
 
-def exchanges(url: str, bodies: list[bytes], timeout_s: float = 10.0, ahead: int = 0, at_once: bool = False) -> list[Exchange]:
+def exchanges(
+    url: str, bodies: list[bytes], timeout_s: float = 10.0, ahead: int = 0, at_once: bool = False, ca: str = ""
+) -> list[Exchange]:
     """Send bodies one after the other (or all at once) over one wire; return what came, in the order of the bodies."""
     done: list[Exchange] = []
-    wire = Wire(Endpoint(url, "/v1/completions", {"Authorization": "Bearer k"}, timeout_s), done.append)
+    wire = Wire(Endpoint(url, "/v1/completions", {"Authorization": "Bearer k"}, timeout_s, ca), done.append)
     try:
         if ahead:
             wire.open_ahead(ahead)
@@ -294,20 +296,14 @@ def test_a_reset_in_the_middle(served: Callable[..., Server]) -> None:
     assert EVENTS.startswith(body_of(found))
 
 
-def test_tls(served: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = tmp_path / "pair.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
-    made.write_text((tmp_path / "key.pem").read_text() + (tmp_path / "cert.pem").read_text())
+def test_tls(served: Callable[..., Server], tmp_path: Path) -> None:
+    made, own = tmp_path / "pair.pem", certificate(tmp_path, "own")
+    made.write_text(own.key.read_text() + own.cert.read_text())
     server = served(lambda n, r: [STREAM[:60], 0.01, STREAM[60:]], tls=made)
     (refused,) = exchanges(server.url, [b"{}"])
     assert refused.error.startswith("not connected: ")
     assert "certificate" in refused.error.lower()
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
     server.requests.clear()
-    found = exchanges(server.url, [b"{}", b"y" * 3_000_000])
+    found = exchanges(server.url, [b"{}", b"y" * 3_000_000], ca=own.cert.read_text())
     assert [(e.error, body_of(e)) for e in found] == [("", EVENTS)] * 2
     assert server.connections == 2  # one refused, one used twice

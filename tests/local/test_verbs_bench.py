@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import time
-from pathlib import Path
 
-import pytest
 from local.conftest import Checkout
 
 from pdlib import processes
@@ -70,34 +67,6 @@ def test_an_interrupted_bench_is_fetched_by_the_next(clean: Checkout) -> None:
     assert verdict["valid"] is False
     assert any(check["id"] == "complete" and not check["ok"] for check in verdict["checks"])
     assert (clean.folder / "results" / run_id / "requests.parquet").stat().st_size > 1000
-
-
-def test_api_key_guards_and_shows_nowhere(clean: Checkout) -> None:
-    key = secrets.token_hex(12)
-    secret = clean.folder / "secret.json"
-    secret.write_text(json.dumps({"api_key": key}))
-    deployed = clean.play("bench.yml", "-v", "-e", f"@{secret}", *LOAD)
-    secret.unlink()
-    deployed.good()
-    assert key not in deployed.text
-    with pytest.raises(OSError, match="401"):
-        clean.ask("/workers")
-    assert len(clean.ask("/workers", key=key)["workers"]) == 4
-    everything = [p for p in processes.all_processes() if str(clean.folder) in p.cwd]
-    for process in everything:
-        for name in ("cmdline", "environ"):
-            assert key.encode() not in Path(f"/proc/{process.pid}/{name}").read_bytes()
-    for path in clean.folder.rglob("*"):
-        if path.is_file() and key.encode() in path.read_bytes():
-            assert path.name == "api_key"
-            assert path.stat().st_mode & 0o777 == 0o600
-    refused = clean.play("bench.yml", *LOAD)
-    assert refused.code != 0
-    assert "the deployment has an api_key, and bench.yml has none" in " ".join(refused.text.split())
-    # a key can go again
-    clean.play("deploy_pd.yml").good()
-    assert len(clean.ask("/workers")["workers"]) == 4
-    assert not list(clean.folder.glob(".pd/state-*/secrets/api_key"))
 
 
 def test_no_room_for_results_stops_before_the_load(clean: Checkout) -> None:

@@ -19,7 +19,7 @@ from real import helpers
 
 from pdlib import processes
 
-KEY = "real-3ngine-key"
+KEY, ADMIN_KEY = "real-3ngine-key", "real-4dmin-key"
 
 
 class Real:
@@ -35,9 +35,11 @@ class Real:
             "bootstrap_port_base": base + 20,
             "install_dir": REPO / ".pd" / "install-cpu",
             "model": REPO / ".pd" / "tiny-model",
-            "api_key": KEY,
         }
-        self.options = [item for name, value in extra.items() for item in ("-e", f"{name}={value}")]
+        # Typed, they would stand in `ps`, and are refused.
+        secret = checkout.folder / "secret.json"
+        secret.write_text(json.dumps({"api_key": KEY, "admin_api_key": ADMIN_KEY}))
+        self.options = ["-e", f"@{secret}", *(item for name, value in extra.items() for item in ("-e", f"{name}={value}"))]
 
     def words(self, verb: str, *arguments: str) -> list[str]:
         """The command line of a verb, after `ansible-playbook`."""

@@ -132,7 +132,7 @@ def verified(prefill: Server, decode: Server, count: int) -> tuple[dict[str, Any
 
     async def verify() -> tuple[dict[str, Any], list[Asked]]:
         with ThreadPoolExecutor(1) as pool:
-            evidence, verifier = Evidence(deployment, {}, pool), Verifier(deployment, {}, 120)
+            evidence, verifier = Evidence(deployment, {}, {}, pool), Verifier(deployment, {}, 120)
             try:
                 await verifier.ask(Prompts(seed=11), count)
                 emptied: dict[str, Any] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from local.conftest import REPO
 from real import helpers
-from real.deployment import KEY, Real, deployed, extra
+from real.deployment import ADMIN_KEY, KEY, Real, deployed, extra
 
 OUTPUT_TOKENS = 16
 LENGTHS = (5, 17, 64, 128, 200, 333, 500, 700, 1000, 1500)
@@ -27,6 +27,11 @@ def real() -> Iterator[Real]:
 def answers(real: Real) -> list[list[int]]:
     """What prefill and decode say together to the prompts of `prompts`."""
     return real.greedy(helpers.prompts(LENGTHS, seed=1), OUTPUT_TOKENS)
+
+
+def showing(paths: Iterable[Path]) -> list[Path]:
+    """Those files that hold a key."""
+    return [path for path in paths if any(key.encode() in path.read_bytes() for key in (KEY, ADMIN_KEY))]
 
 
 def test_it_is_the_real_engine_over_mooncake(real: Real) -> None:
@@ -111,7 +116,7 @@ def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None
         moved = [helpers.counter(metrics, "sglang:kv_transfer_total_mb_sum") for metrics in ends]
         mebibytes = int(sent.prompt_tokens.sum()) * helpers.KV_BYTES_PER_TOKEN / 2**20
         assert moved[1] - moved[0] == pytest.approx(mebibytes, rel=1e-6)
-    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not showing(path for path in run.rglob("*") if path.is_file())
 
 
 def test_conversations_find_their_earlier_turns_in_the_prefix_cache(real: Real) -> None:
@@ -147,7 +152,7 @@ def test_a_role_is_profiled_by_torch_s_own_profiler(real: Real, role: str, batch
         # Slowed down, decode gathered the whole batch before it was released.
         assert worker["gathered"] == worker["wanted"] == batch
         assert trace["batch"] == {"min": batch, "max": batch}
-    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not showing(path for path in run.rglob("*") if path.is_file())
     assert not list(real.checkout.state("cpu").glob("run/*/profiles/*"))
 
 
@@ -159,13 +164,15 @@ def test_the_key_stands_nowhere(real: Real) -> None:
                 text = (folder / name).read_bytes()
             except OSError:
                 continue
-            # the command of this very test's ansible-playbook is the user's own
-            if KEY.encode() in text and b"ansible-playbook" not in text:
+            if any(key.encode() in text for key in (KEY, ADMIN_KEY)):
                 found.append(f"{folder / name}")
     assert found == []
+    worker = real.plan()["workers"][0]["url"]
+    with pytest.raises(helpers.ServerError, match="HTTP 401"):
+        helpers.ask(f"{worker}/slow_down", {"forward_sleep_time": None}, KEY)
     logs = list((real.checkout.state("cpu") / "log").iterdir())
     assert any("api_key': '***'" in path.read_text(errors="replace") for path in logs)
-    assert not [path for path in logs if KEY.encode() in path.read_bytes()]
+    assert not showing(logs)
 
 
 def test_a_wrong_kv_cache_makes_a_run_invalid(real: Real) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ BAD = ("0", "5-4", "normal:512", "lognormal:512:9", "512,4096", "512@0", "@1", "
 NOW = 1_700_000_000.0
 
 
-def spec(root: Path, clients: tuple[str, ...] = ("n1",), **options: Any) -> Json:
+def spec(root: Path, clients: tuple[str, ...] = ("n1",), tls_ca: str = "", **options: Any) -> Json:
     given = inputs({"n1": host(1, state_dir="/s", install_dir="/i"), "n2": host(2)}, "2p1d", **options)
+    given = replace(given, tls_ca=tls_ca)
     made = bench_spec.make(make_plan(given), given.cluster, clients, given.hosts, str(root), NOW, "127.0.0.1:8890", "k" * 32)
     return {**made, **next(iter(made["clients"].values()))}
 
@@ -67,7 +69,8 @@ def test_the_command_of_a_closed_loop(tmp_path: Path) -> None:
 
 def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
     made = spec(
-        tmp_path, bench_request_rate="4,8.5", bench_arrival="constant", bench_warmup=0, api_key="k", bench_slo_ttft_ms=200,
+        tmp_path, bench_request_rate="4,8.5", bench_arrival="constant", bench_warmup=0, api_key="k", admin_api_key="a",
+        bench_slo_ttft_ms=200,
         bench_verify_outputs=8, bench_slo_tpot_ms=30, bench_slo_e2e_ms=5000,
     )  # fmt: skip
     wanted = {
@@ -79,6 +82,7 @@ def test_the_command_of_an_open_loop(tmp_path: Path) -> None:
         "--slo-tpot-ms": "30.0",
         "--slo-e2e-ms": "5000.0",
         "--api-key-file": "/s/secrets/api_key",
+        "--admin-api-key-file": "/s/secrets/admin_api_key",
     }
     assert {flag: value(made["argv"], flag) for flag in wanted} == wanted
     assert "--concurrency" not in made["argv"]
@@ -223,16 +227,26 @@ def test_the_room_that_is_needed_grows_with_what_is_recorded(tmp_path: Path) -> 
     assert needed(bench_num_requests=10_000, bench_min_free_mb=1000) == base + 800
 
 
+def test_whom_clients_trust_lies_beside_the_run(tmp_path: Path) -> None:
+    secure: dict[str, Any] = {"router_tls_cert": "a.pem", "router_tls_key": "a.key"}
+    assert "--ca-file" not in spec(tmp_path)["clients"]["n1"]["argv"]
+    made = spec(tmp_path, tls_ca="PEM", **secure)
+    assert value(made["clients"]["n1"]["argv"], "--ca-file") == "{dir}/router-ca.pem"
+    with pytest.raises(UserError, match="bench_tool=vllm is not told whom to trust, and router_tls_cert is set"):
+        spec(tmp_path, bench_tool="vllm", **secure)
+
+
 def test_another_client_goes_after_ours_with_a_virtualenv_of_its_own(tmp_path: Path) -> None:
     made = spec(tmp_path)
     assert made["after"] == []
     assert [row["name"] for row in made["install"]] == ["pdbench"]
     (tmp_path / "tokenizer.json").write_text("{}")
-    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", model="a/b")
+    made = spec(tmp_path, bench_tool="sglang", bench_tokenizer=".", api_key="k", admin_api_key="a", model="a/b")
     wanted = {"--tool": "sglang", "--python": "/i/bench-sglang/bin/python", "--url": "http://127.0.0.1:8000", "--model": "a/b"}
     wanted |= {"--tokenizer": "{dir}/tokenizer.json", "--api-key-file": "/s/secrets/api_key"}
     assert made["after"][:5] == ["/i/pdbench/bin/python", "-m", "pdbench", "peer", "{dir}"]
     assert {flag: value(made["after"], flag) for flag in wanted} == wanted
+    assert "--admin-api-key-file" not in made["after"], "it changes nothing"
     row = made["install"][1]
     assert row == {
         "name": "bench-sglang",

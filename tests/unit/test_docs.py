@@ -188,7 +188,7 @@ def test_what_the_plan_returns_is_documented_and_reaches_roles_under_the_same_na
     made = set(re.findall(r'"(pd_\w+)"', (REPO / "plugins" / "action" / "pd_plan.py").read_text()))
     assert set(derived) == set(rendered["pd_plan"]["return"]) == made
     taken = {name for role in ROLES for spec in specified(role).values() for name in spec["options"]}
-    assert taken - {"api_key", "hf_token", "preflight_verb"} <= set(derived)
+    assert taken - {"hf_token", "preflight_verb"} <= set(derived)
 
 
 def test_the_reader_of_task_files_sees_names_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

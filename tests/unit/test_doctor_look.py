@@ -17,6 +17,7 @@ import pytest
 from unit import plans
 
 from pdlib import doctor_ask, doctor_look, doctor_reach
+from pdlib.gateway import Gateway
 from pdlib.processes import listeners
 
 Json = dict[str, Any]
@@ -414,19 +415,19 @@ def event(text: str) -> str:
 def test_a_stream_is_timed_event_by_event() -> None:
     good = event("one") + event("two") + "data: [DONE]\n"
     with server({"/v1/completions": (200, good)}) as url:
-        said = doctor_ask.stream(url, None, "m", 20)
+        said = doctor_ask.stream(Gateway(url, None), "m", 20)
     assert said["error"] == ""
     assert said["empty_first_s"] is None
     assert len(said["tokens_s"]) == 2
     assert said["tokens_s"][0] < said["tokens_s"][1] <= said["end_s"]
     with server({"/v1/completions": (200, event("") + good)}) as url:
-        said = doctor_ask.stream(url, None, "m", 20)
+        said = doctor_ask.stream(Gateway(url, None), "m", 20)
     assert said["empty_first_s"] < said["tokens_s"][0]
     with server({"/v1/completions": (503, "no workers")}) as url:
-        assert doctor_ask.stream(url, None, "m", 20)["error"] == "HTTP 503 no workers"
+        assert doctor_ask.stream(Gateway(url, None), "m", 20)["error"] == "HTTP 503 no workers"
     with server({"/v1/completions": (200, "data: [DONE]\n")}) as url:
-        assert doctor_ask.stream(url, None, "m", 20)["error"] == "it ended without a token"
-    assert "refused" in doctor_ask.stream(f"http://127.0.0.1:{free_port()}", None, "m", 5)["error"]
+        assert doctor_ask.stream(Gateway(url, None), "m", 20)["error"] == "it ended without a token"
+    assert "refused" in doctor_ask.stream(Gateway(f"http://127.0.0.1:{free_port()}", None), "m", 5)["error"]
 
 
 def test_a_stream_in_one_piece_is_asked_for_again() -> None:

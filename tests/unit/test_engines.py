@@ -117,8 +117,14 @@ def test_one_rdma_fabric_means_nixl_where_the_engine_has_nothing_else() -> None:
 def test_the_key_of_vllm_is_in_no_command_line() -> None:
     (rank,) = ranks(plan(TWO, "agg", **{**VLLM, "router": "smg"}, api_key="k3y"))["aggregated-0"]
     assert rank["argv"][1].endswith("with_api_key.py")
-    assert rank["argv"][3:7] == ["--api-key", "vllm.entrypoints.cli.main", "serve", VLLM["model"]]
+    assert rank["argv"][2:4] == ["--api-key", "/var/lib/pd/secrets/api_key"]
+    assert rank["argv"][4:7] == ["vllm.entrypoints.cli.main", "serve", VLLM["model"]]
     assert "k3y" not in json.dumps(rank)
+
+
+def test_vllm_has_no_admin_key() -> None:
+    with pytest.raises(UserError, match="engine vllm has no admin key: leave admin_api_key out"):
+        plan(TWO, "agg", **{**VLLM, "router": "smg"}, api_key="k3y", admin_api_key="4dmin")
 
 
 def test_what_the_plan_sets_cannot_be_set_beside_it() -> None:

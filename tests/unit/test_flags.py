@@ -152,7 +152,7 @@ def test_shipped_tables_have_what_the_plan_sets(path: Path) -> None:
             tensor_parallel_size=2, nodes=2, node_rank=1, dist_init="a:1",
             transfer_backend="mooncake", node="n", rdma_fabric="roce", gpus=[0],
             fabric=[Setting(IB_DEVICE, "mlx5_0", "")] if engine == "sglang" else [],
-            mem_fraction=0.5, profile="tiny", api_key=True, address="127.0.0.1",
+            mem_fraction=0.5, profile="tiny", api_key=True, admin_api_key=facts.admin_key, address="127.0.0.1",
         )  # fmt: skip
         for name in facts.flags(context):
             assert name in table.flags, f"{path.stem} has no long flag {name}"

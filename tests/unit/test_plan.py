@@ -199,18 +199,22 @@ def test_aggregated_workers_stand_behind_the_router_without_disaggregation() -> 
 
 @pytest.mark.parametrize("engine", ["sglang", "emulated"])
 @pytest.mark.parametrize("ratio", ["2p1d", "2agg"])
-def test_the_key_is_nowhere(engine: str, ratio: str) -> None:
-    options = {"engine": engine, "model": "m", "api_key": KEY}
+def test_the_keys_are_nowhere(engine: str, ratio: str) -> None:
+    options = {"engine": engine, "model": "m", "api_key": KEY, "admin_api_key": f"{KEY}-too"}
     made = plan(TWO, ratio, **options)
-    assert made["api_key"] is True
+    assert made["api_key"] is made["admin_api_key"] is True
     everything = json.dumps(made) + "".join(text for name in made["hosts"] for text in units.rendered_files(made, name).values())
     assert KEY not in everything
     assert KEY not in json.dumps(units.host_units(made, "n1")) + tables.workers(made)
     for entry in [*(r for w in made["workers"] for r in w["ranks"]), made["router"]]:
         assert "secrets/api_key" in " ".join(entry["argv"]), "but where it lies is told"
-    without = plan(TWO, ratio, **{**options, "api_key": None})
-    assert without["api_key"] is False
+        assert ("secrets/admin_api_key" in " ".join(entry["argv"])) == (entry is not made["router"])
+    without = plan(TWO, ratio, **{**options, "api_key": None, "admin_api_key": None})
+    assert without["api_key"] is without["admin_api_key"] is False
     assert "secrets" not in json.dumps(without)
+    with pytest.raises(UserError, match="admin_api_key is the same as api_key") as refused:
+        plan(TWO, ratio, **{**options, "admin_api_key": KEY})
+    assert KEY not in str(refused.value)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "emulated"])

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from pdlib import managers, processes, reconcile, role_switch, units
+from pdlib import ask, keys, managers, processes, reconcile, role_switch, units
 from pdlib.errors import UserError
 from pdlib.managers import Status, Supervisord
 from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
-from pdlib.units import KEY_FILE, KEY_LAUNCHER
 
 UNITS: dict[str, tuple[str, int]] = {}
 CALLS: list[str] = []
@@ -73,10 +72,14 @@ A, B = unit("pd-prefill-0", "a"), unit("pd-decode-0", "b")
 
 
 def reconciler(
-    home: Path, *wanted: dict[str, Any], check: bool = False, key: str | None = None, shipped: dict[str, str] | None = None
+    home: Path,
+    *wanted: dict[str, Any],
+    check: bool = False,
+    secrets: dict[str, str] | None = None,
+    shipped: dict[str, str] | None = None,
 ) -> Reconciler:
     return Reconciler(
-        str(home), str(home / "i"), "supervisord", "1p1d", wanted, check, key, "print()" if key else "", shipped=shipped
+        str(home), str(home / "i"), "supervisord", "1p1d", wanted, check, secrets, "print()" if secrets else "", shipped=shipped
     )
 
 
@@ -238,26 +241,60 @@ def test_check_mode_tells_and_changes_nothing(home: Path) -> None:
     assert (snapshot(home), CALLS) == (before, [])
     step(home, A, B)
     before = snapshot(home)
-    outcome = step(home, unit("pd-prefill-0", "other"), check=True, key="k")
+    outcome = step(home, unit("pd-prefill-0", "other"), check=True, secrets={keys.API: "k"})
     assert {"would restart pd-prefill-0", "would stop pd-decode-0"} <= set(outcome.changed)
     assert (snapshot(home), CALLS) == (before, [])
     assert step(home, A, B, check=True).changed == []
 
 
-def test_the_key_is_in_one_private_file_and_a_new_one_restarts(home: Path) -> None:
-    step(home, A, key="first-k3y")
-    secret = home / KEY_FILE
+def test_a_key_is_in_one_private_file_and_a_new_one_restarts(home: Path) -> None:
+    reads = unit("pd-prefill-0", f"{home}/{keys.LAUNCHER}", "--api-key", f"{home}/{keys.FILES[keys.API]}", "a")
+    step(home, reads, secrets={keys.API: "first-k3y"})
+    secret = home / keys.FILES[keys.API]
     assert secret.read_text() == "first-k3y"
     assert secret.stat().st_mode & 0o777 == 0o600
-    assert (home / KEY_LAUNCHER).stat().st_mode & 0o777 == 0o700
-    assert [name for name, text in snapshot(home).items() if "first-k3y" in text] == [KEY_FILE]
-    assert step(home, A, key="first-k3y").changed == []
-    changed = step(home, A, key="second").changed
+    assert (home / keys.LAUNCHER).stat().st_mode & 0o777 == 0o700
+    assert [name for name, text in snapshot(home).items() if "first-k3y" in text] == [keys.FILES[keys.API]]
+    assert step(home, reads, secrets={keys.API: "first-k3y"}).changed == []
+    changed = step(home, reads, secrets={keys.API: "second"}).changed
     assert "restarted pd-prefill-0" in changed
     assert secret.read_text() == "second"
     gone = step(home, A)
-    assert f"removed {KEY_FILE}" in gone.changed
+    assert f"removed {keys.FILES[keys.API]}" in gone.changed
     assert not secret.exists()
+
+
+def test_a_key_lies_only_where_a_unit_reads_it_and_restarts_no_other(home: Path) -> None:
+    both = [word for name in keys.FILES for word in ("--flag", f"{home}/{keys.FILES[name]}")]
+    worker, router = unit("pd-prefill-0", *both), unit("pd-router", *both[:2])
+    step(home, router, secrets={keys.API: "k", keys.ADMIN: "a"})
+    assert not (home / keys.FILES[keys.ADMIN]).exists()
+    step(home, worker, router, secrets={keys.API: "k", keys.ADMIN: "a"})
+    assert (home / keys.FILES[keys.ADMIN]).stat().st_mode & 0o777 == 0o600
+    changed = step(home, worker, router, secrets={keys.API: "k", keys.ADMIN: "b"}).changed
+    assert sorted(changed) == ["restarted pd-prefill-0", f"wrote {keys.FILES[keys.ADMIN]}"]
+    # a load generator's, on a host without workers, is left there as long as there is such a key
+    step(home, router, secrets={keys.API: "k", keys.ADMIN: "b"})
+    assert (home / keys.FILES[keys.ADMIN]).exists()
+    assert f"removed {keys.FILES[keys.ADMIN]}" in step(home, router, secrets={keys.API: "k"}).changed
+
+
+@pytest.mark.parametrize("secrets", [{}, {keys.API: "k"}, {keys.ADMIN: "a"}, {keys.API: "k", keys.ADMIN: "a"}])
+def test_a_role_is_asked_with_the_key_and_changed_with_the_admin_key(
+    home: Path, monkeypatch: pytest.MonkeyPatch, secrets: dict[str, str]
+) -> None:
+    sent: list[tuple[str, str | None]] = []
+
+    def answer(method: str, url: str, key: str | None = None, body: object = None, timeout_s: float = 5.0) -> tuple[int, str]:
+        sent.append((method, key))
+        return 200, json.dumps({"loads": [{"disaggregation": {"mode": "prefill"}}]})
+
+    monkeypatch.setattr(reconcile, "healthy", lambda url: True)
+    monkeypatch.setattr(ask, "request", answer)
+    switch = {"flag": "--role", "role": "decode", "url": "http://127.0.0.1:1", "decode_peers": []}
+    step(home, unit("pd-worker-1", "--role", "decode", switch=switch, health_url="http://127.0.0.1:1/ready"), secrets=secrets)
+    api = secrets.get(keys.API)
+    assert sent == [("GET", api), ("POST", secrets.get(keys.ADMIN) or api)]
 
 
 def test_an_engine_installed_anew_restarts_what_runs_from_it(home: Path) -> None:

@@ -98,6 +98,9 @@ def test_scrapes_become_rows(tmp_path: Path, rows: list[tuple[int, float, str, s
 # -- what is done to every worker before a load point
 
 
+ADMIN = {"Authorization": "Bearer a"}
+
+
 class Worker:
     """The endpoints that are asked; what was asked stands in ``seen``."""
 
@@ -133,7 +136,7 @@ async def reset(worker: Worker, name: str = "sglang") -> object:
     async with worker.listening() as url:
         with ThreadPoolExecutor(1) as pool:
             asked = Evidence(
-                Deployment("1p1d", engine(name), 2, url, "", {"prefill-0": url}), {"Authorization": "Bearer k"}, pool
+                Deployment("1p1d", engine(name), 2, url, "", {"prefill-0": url}), {"Authorization": "Bearer k"}, ADMIN, pool
             )
             done: dict[str, object] = {}
             try:
@@ -147,8 +150,8 @@ async def test_every_worker_is_brought_to_its_starting_state() -> None:
     worker = Worker()
     assert await reset(worker) == {"full_speed": "ok", "profile": "unknown", "flush": "ok"}
     assert worker.seen == [
-        ("/slow_down", {"forward_sleep_time": None}, "Bearer k"),
-        ("/flush_cache", None, "Bearer k"),
+        ("/slow_down", {"forward_sleep_time": None}, "Bearer a"),
+        ("/flush_cache", None, "Bearer a"),
     ]
 
 
@@ -184,7 +187,9 @@ async def test_what_a_worker_refuses_is_recorded(monkeypatch: pytest.MonkeyPatch
         "flush": "HTTP 400: said so",
     }
     with ThreadPoolExecutor(1) as pool:
-        gone = Evidence(Deployment("1p1d", engine("sglang"), 2, "http://x", "", {"prefill-0": "http://127.0.0.1:9"}), {}, pool)
+        gone = Evidence(
+            Deployment("1p1d", engine("sglang"), 2, "http://x", "", {"prefill-0": "http://127.0.0.1:9"}), {}, {}, pool
+        )
         done: dict[str, dict[str, str]] = {}
         await gone.reset(done)  # type: ignore[arg-type]
         await gone.close()
@@ -216,7 +221,7 @@ async def test_the_routers_metrics_and_this_hosts_are_recorded(tmp_path: Path) -
             await site.start()
             metrics = f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
             with ThreadPoolExecutor(1) as pool:
-                asked = Evidence(Deployment("agg", engine("sglang"), 1, url, metrics, {}), {}, pool)
+                asked = Evidence(Deployment("agg", engine("sglang"), 1, url, metrics, {}), {}, {}, pool)
                 side = await asked.snapshot(0.0)
                 scraping = asyncio.create_task(asked.scrape(0, 0.0, 0.05))
                 for _ in range(1000):

@@ -103,11 +103,20 @@ def test_a_mistake_names_variable_value_place_and_what_is_right(name: str, value
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["", "two words", "line\n", " k"])
+@pytest.mark.parametrize("key", ["", "two words", "line\n", " k", "schl\u00fcssel"])
 def test_a_key_is_one_word(key: str) -> None:
     with pytest.raises(UserError, match=r"api_key \(host n1, inventory or group_vars\): expected one word"):
         convert("api_key", key)
     assert convert("api_key", "one-w0rd") == "one-w0rd"
+
+
+def test_a_secret_is_not_typed_where_everybody_sees_it() -> None:
+    for typed in (["api_key=s3cret"], ["ratio=1p1d", '{"api_key": "s3cret"}'], ["ratio=1p1d api_key=s3cret"]):
+        with pytest.raises(UserError, match=r"-e api_key=...: every user of this machine sees it in `ps`") as refused:
+            settings.check_typed({"ratio": "1p1d", "api_key": "s3cret"}, typed)
+        assert "s3cret" not in str(refused.value)
+    settings.check_typed({"ratio": "1p1d", "api_key": "s3cret"}, ["ratio=1p1d", "@s3cret.yml"])
+    settings.check_typed({"api_key": "generate"}, ["api_key=generate"])
 
 
 def test_a_secret_is_not_shown() -> None:

@@ -17,16 +17,19 @@ def test_a_worker_that_begins_to_record_as_the_load_ends_is_stopped() -> None:
     async def profile() -> Steering:
         begun = asyncio.Event()
 
-        async def loads(_: web.Request) -> web.Response:
+        async def loads(request: web.Request) -> web.Response:
+            assert request.headers["Authorization"] == "Bearer k"
             return web.json_response({"loads": [{"num_running_reqs": 1, "num_waiting_reqs": 2}]})
 
-        async def start(_: web.Request) -> web.Response:
+        async def start(request: web.Request) -> web.Response:
+            assert request.headers["Authorization"] == "Bearer a"
             begun.set()
             await asyncio.sleep(0.3)
             asked.append("started")
             return web.Response()
 
-        async def stop(_: web.Request) -> web.Response:
+        async def stop(request: web.Request) -> web.Response:
+            assert request.headers["Authorization"] == "Bearer a"
             asked.append("stopped")
             return web.Response()
 
@@ -39,7 +42,13 @@ def test_a_worker_that_begins_to_record_as_the_load_ends_is_stopped() -> None:
             await site.start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             wish = Wish("prefill", "p", 2, 0.0, None, 10.0, ("CPU",), False, 10, 3)
-            steering = Steering((Target("prefill-0", url, "x", 1),), wish, {}, None)
+            steering = Steering(
+                (Target("prefill-0", url, "x", 1, "prefill-0"),),
+                wish,
+                {"Authorization": "Bearer k"},
+                {"Authorization": "Bearer a"},
+                None,
+            )
             await steering.before()
             visit = asyncio.create_task(steering.during())
             await asyncio.wait_for(begun.wait(), 10)

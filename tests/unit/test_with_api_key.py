@@ -52,7 +52,7 @@ def key_file(tmp_path: Path) -> Path:
 
 def test_module_and_its_children_get_the_key_and_nobody_else_sees_it(tmp_path: Path, key_file: Path) -> None:
     (tmp_path / "server.py").write_text(SERVER)
-    done = launch(tmp_path, str(key_file), "--api-key", "server", "--port", "1")
+    done = launch(tmp_path, "--api-key", str(key_file), "server", "--port", "1")
     assert done.returncode == 7, done.stderr
     parent, child = json.loads(done.stdout)
     for process in (parent, child):
@@ -62,10 +62,23 @@ def test_module_and_its_children_get_the_key_and_nobody_else_sees_it(tmp_path: P
     assert KEY not in done.stderr
 
 
+def test_two_keys_stand_behind_the_module_s_own_arguments(tmp_path: Path, key_file: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    other = tmp_path / "other"
+    other.write_text(KEY + "-and-more")
+    other.chmod(0o600)
+    done = launch(tmp_path, "--api-key", str(key_file), "--admin-api-key", str(other), "server", "--port", "1")
+    assert done.returncode == 7, done.stderr
+    for process in json.loads(done.stdout):
+        assert process["argv"] == ["--port", "1", "--api-key", KEY, "--admin-api-key", KEY + "-and-more"]
+        assert KEY not in process["cmdline"] + process["environ"]
+    assert "server_args=['--port', '1', '--api-key', '***', '--admin-api-key', '***']" in done.stderr
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
 def test_a_file_that_others_may_read_is_refused(tmp_path: Path, key_file: Path, mode: int) -> None:
     key_file.chmod(mode)
-    done = launch(tmp_path, str(key_file), "--api-key", "json.tool")
+    done = launch(tmp_path, "--api-key", str(key_file), "json.tool")
     assert done.returncode == 2
     assert done.stderr == f"with_api_key: {key_file} has mode {mode:04o}: others must not read it, use 0600\n"
 
@@ -73,7 +86,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, key_file: Path, 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_somebody_elses_file_is_refused(tmp_path: Path, key_file: Path) -> None:
     os.chown(key_file, 12345, -1)
-    done = launch(tmp_path, str(key_file), "--api-key", "json.tool")
+    done = launch(tmp_path, "--api-key", str(key_file), "json.tool")
     assert done.returncode == 2
     assert "belongs to user 12345, not to user 0" in done.stderr
 
@@ -81,7 +94,7 @@ def test_somebody_elses_file_is_refused(tmp_path: Path, key_file: Path) -> None:
 @pytest.mark.parametrize(("content", "words"), [("", 0), ("\n", 0), ("two words", 2), ("a\nb\n", 2)])
 def test_a_file_without_exactly_one_word_is_refused(tmp_path: Path, key_file: Path, content: str, words: int) -> None:
     key_file.write_text(content)
-    done = launch(tmp_path, str(key_file), "--api-key", "json.tool")
+    done = launch(tmp_path, "--api-key", str(key_file), "json.tool")
     assert done.returncode == 2
     assert done.stderr == f"with_api_key: {key_file} holds {words} words: it must hold the key and nothing else\n"
 
@@ -92,7 +105,7 @@ def test_no_file_a_folder_a_pipe_and_bytes(tmp_path: Path, key_file: Path) -> No
     key_file.write_bytes(b"\xff\xfe\xfd")
     cannot = "cannot read"
     for path, why in ((tmp_path / "none", cannot), (tmp_path, cannot), (pipe, "regular"), (key_file, cannot)):
-        done = launch(tmp_path, str(path), "--api-key", "json.tool")
+        done = launch(tmp_path, "--api-key", str(path), "json.tool")
         assert done.returncode == 2
         assert why in done.stderr
         assert "Traceback" not in done.stderr
@@ -100,11 +113,12 @@ def test_no_file_a_folder_a_pipe_and_bytes(tmp_path: Path, key_file: Path) -> No
 
 @pytest.mark.parametrize("module", ["no_such_module", "no.such.module"])
 def test_a_missing_module_is_named(tmp_path: Path, key_file: Path, module: str) -> None:
-    done = launch(tmp_path, str(key_file), "--api-key", module)
+    done = launch(tmp_path, "--api-key", str(key_file), module)
     assert (done.returncode, done.stderr) == (2, f"with_api_key: {sys.executable} has no module {module}\n")
 
 
-def test_too_few_arguments(tmp_path: Path) -> None:
-    done = launch(tmp_path, "file", "--api-key")
+@pytest.mark.parametrize("words", [[], ["--api-key", "file"], ["json.tool"], ["--api-key", "file", "--admin-api-key", "file"]])
+def test_too_few_arguments(tmp_path: Path, words: list[str]) -> None:
+    done = launch(tmp_path, *words)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")

@@ -74,6 +74,9 @@ class Info:
                 "disaggregation_bootstrap_port": config.bootstrap_port,
                 "disaggregation_transfer_backend": "emulated",
                 "enable_pd_role_switch": config.enable_pd_role_switch,
+                # as in SGLang, which shows both to whoever may ask
+                "api_key": config.api_key,
+                "admin_api_key": config.admin_api_key,
                 "startup_time": self._born,
                 "internal_states": [{"effective_max_running_requests_per_dp": config.max_running_requests}],
             }

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         return _say(why, 2)
     except OSError as why:
         return _say(f"cannot write in {args.output}: {why.strerror or why}", 1)
-    steering = Steering(workers, wish, plan.headers, args.api_key_file)
+    steering = Steering(workers, wish, plan.headers, plan.admin, args.admin_api_key_file or args.api_key_file)
     try:
         asyncio.run(_run(Session(plan, folder, steering)))
     except CannotMeasureError as why:

@@ -53,7 +53,7 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
     workers: Json = {}
     for worker in _targets(folder, role, problems):
         name, found = worker.name, []
-        for path in sorted((folder / "traces" / name).glob("*.trace.json*")):
+        for path in sorted((folder / "traces" / worker.unit).glob("*.trace.json*")):
             try:
                 found.append(read(path, str(path.relative_to(folder))))
             except TraceError as why:
@@ -71,7 +71,7 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
             "wanted": profile.get("wanted", {}).get(name),
             "cut_short": name in profile.get("cut_short", []),
             "traces": [trace.to_json() for trace in found],
-            "log": _log(folder / "logs", name, role),
+            "log": _log(folder / "logs", worker.unit, role),
         }
     load = _load(_json(folder / "summary.json"))
     return {"schema": 1, "role": role, "load": load, "steps": _asked(profile), "workers": workers, "problems": problems}, problems
@@ -109,12 +109,12 @@ def _json(path: Path) -> Json:
     return told if isinstance(told, dict) else {}
 
 
-def _log(folder: Path, worker: str, role: str) -> Json | None:
+def _log(folder: Path, unit: str, role: str) -> Json | None:
     """Return what the engine's own log says of its batches: throughput, and of decode the time from step to step.
 
     A decode step gives every running request a token, so that a step takes requests / throughput.
     """
-    lines = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob(f"*-pd-{worker}.log")))
+    lines = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob(f"*-pd-{unit}.log")))
     pairs = [(int(a), float(b)) for a, b in (_DECODE if role == "decode" else _PREFILL).findall(lines) if int(a) and float(b)]
     if not pairs:
         return None

@@ -65,9 +65,16 @@ class Steering:
     #: why the run's figures are no benchmark
     why = "workers were profiled (and decode slowed down before): its figures are no benchmark"
 
-    def __init__(self, workers: tuple[Target, ...], wish: Wish, headers: Mapping[str, str], key_file: Path | None) -> None:
-        """Touch nothing yet."""
-        self._workers, self._wish, self._headers, self._key_file = workers, wish, headers, key_file
+    def __init__(
+        self,
+        workers: tuple[Target, ...],
+        wish: Wish,
+        headers: Mapping[str, str],
+        admin: Mapping[str, str],
+        admin_file: Path | None,
+    ) -> None:
+        """Touch nothing yet; ``admin`` and ``admin_file``: the key for what changes a worker, and where it lies."""
+        self._workers, self._wish, self._headers, self._admin, self._admin_file = workers, wish, headers, admin, admin_file
         self.outcome = Outcome()
         self._asker: Asker | None = None
         self._recording: asyncio.Task[None] | None = None
@@ -77,7 +84,7 @@ class Steering:
 
     async def before(self) -> None:
         """Between warm-up and load: slow the workers down, once somebody watches that they are released."""
-        self._asker = Asker(self._headers)
+        self._asker = Asker(self._headers, self._admin)
         if self._wish.role == "decode" and self._wish.slow_down_s:
             await self._watch()
             self._slowed_at = time.monotonic()
@@ -132,7 +139,7 @@ class Steering:
         """Start the guard (`pdbench.profiling.guard`), which outlives us by as long as it takes to release the workers."""
         orders = {
             "urls": [worker.url for worker in self._workers],
-            "key_file": str(self._key_file) if self._key_file else None,
+            "key_file": str(self._admin_file) if self._admin_file else None,
             "within_s": self._wish.within_s + 2 * self._wish.slow_down_s + 60,
         }
         command = [sys.executable, "-m", "pdbench.profiling.guard"]

@@ -18,12 +18,16 @@ ANSWER_S = 30.0
 
 @dataclass(frozen=True)
 class Target:
-    """One worker: its name, URL, the folder (on its own hosts) that its traces go to, and how many ranks write one."""
+    """One worker: its name, URL, the folder (on its own hosts) that its traces go to, and how many ranks write one.
+
+    ``unit``: what its traces and logs are called; a worker whose role may change is called by its port.
+    """
 
     name: str
     url: str
     folder: str
     ranks: int
+    unit: str
 
 
 def read(path: Path, role: str, profile_id: str) -> tuple[Target, ...]:
@@ -48,7 +52,7 @@ def read(path: Path, role: str, profile_id: str) -> tuple[Target, ...]:
             # An emulated worker is one process, whatever its GPUs; on CPU there are none.
             ranks = 1 if plan["emulated"] else sum(len(rank["gpus"]) for rank in worker["ranks"]) or 1
             folder = f"{homes.pop()}/run/{unit}/profiles/{profile_id}"
-            found.append(Target(str(worker["name"]), str(worker["url"]).rstrip("/"), folder, ranks))
+            found.append(Target(str(worker["name"]), str(worker["url"]).rstrip("/"), folder, ranks, unit.removeprefix("pd-")))
     except OSError as why:
         raise LoadError(f"cannot read the plan {path}: {why.strerror or why}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as why:
@@ -65,10 +69,11 @@ class AskError(Exception):
 
 
 class Asker:
-    """Sends control requests to workers; ``headers`` carry the key, where there is one."""
+    """Sends control requests to workers; ``headers`` carry the key, if any, and ``admin`` that for what changes a worker."""
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
+    def __init__(self, headers: Mapping[str, str], admin: Mapping[str, str]) -> None:
         """Make ready; a connection is used once, because uvicorn drops idle ones and a lost POST is not sent again."""
+        self._admin = admin
         self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
 
     async def close(self) -> None:
@@ -76,9 +81,10 @@ class Asker:
         await self._session.close()
 
     async def post(self, url: str, body: Mapping[str, object], within_s: float) -> None:
-        """POST and raise AskError unless it was answered with 200."""
+        """Tell a worker to change, and raise AskError unless it answers with 200."""
+        within = aiohttp.ClientTimeout(total=within_s)
         try:
-            async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=within_s)) as answer:
+            async with self._session.post(url, json=body, headers=self._admin, timeout=within) as answer:
                 text = " ".join((await answer.text()).split())[:300]
         except (TimeoutError, aiohttp.ClientError, OSError) as why:
             raise AskError(f"{url}: {type(why).__name__} {why}".rstrip(" ")) from None

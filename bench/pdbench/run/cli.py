@@ -25,6 +25,7 @@ from pdbench.run.order import Plan
 from pdbench.run.session import CannotMeasureError, Session
 from pdbench.run.summary import Bounds, Setup
 from pdbench.run.table import render
+from pdbench.trust import trusting
 
 _EPILOG = f"""{load_options.HELP}
 
@@ -93,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--api", choices=sorted(PATHS), default="completions", help="default: %(default)s")
     where.add_argument("--model", help="name that the server serves (not needed by --api generate)")
     where.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the key alone")
+    where.add_argument(
+        "--admin-api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the same for what changes workers: slow_down, profiles, caches (default: --api-key-file)",
+    )
+    where.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="with an https URL: whom to trust, PEM (default: the system's)"
+    )
     where.add_argument(
         "--plan",
         type=Path,
@@ -165,15 +175,20 @@ def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
         bounds=Bounds(args.max_loop_lag_ms, args.max_lateness_ms, args.min_delivered),
         verify_outputs=args.verify_outputs,
     )
+    url = _url(args.url)
+    if args.ca_file and not url.startswith("https:"):
+        raise LoadError(f"--ca-file goes with an https URL, and --url is {url}")
     plan = Plan(
-        url=_url(args.url),
+        url=url,
         target=Target(args.api, sent.kind, args.model or ""),
         loads=sent.loads,
         setup=setup,
         prompts=sent.prompts,
         warmup=args.warmup,
         timeout_s=args.timeout,
-        headers=_headers(args.api_key_file),
+        headers=_headers("--api-key-file", args.api_key_file),
+        admin=_headers("--admin-api-key-file", args.admin_api_key_file or args.api_key_file),
+        ca=_certificates(args.ca_file) if args.ca_file else "",
         deployment=deployment,
         scrape_every_s=args.scrape_interval,
         processes=args.processes,
@@ -207,13 +222,26 @@ def _url(url: str | None) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _headers(key_file: Path | None) -> dict[str, str]:
+def _certificates(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as why:
+        raise LoadError(f"--ca-file {path}: {why.strerror or why}") from None
+    try:
+        text = content.decode("ascii")
+        trusting(text or "none")
+    except (OSError, ValueError):
+        raise LoadError(f"--ca-file {path}: it holds no certificate in PEM") from None
+    return text
+
+
+def _headers(option: str, key_file: Path | None) -> dict[str, str]:
     if key_file is None:
         return {}
     try:
         key = key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as why:
-        raise LoadError(f"cannot read --api-key-file {key_file}: {getattr(why, 'strerror', None) or why}") from None
+        raise LoadError(f"cannot read {option} {key_file}: {getattr(why, 'strerror', None) or why}") from None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise LoadError(f"--api-key-file {key_file} must hold one key and nothing else")
+        raise LoadError(f"{option} {key_file} must hold one key and nothing else")
     return {"Authorization": f"Bearer {key}"}

@@ -45,12 +45,16 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go, what stands in the head of every one, and how long each may last in all."""
+    """Where requests go, what stands in the head of every one, and how long each may last in all.
+
+    ``ca``: certificates (PEM) that alone are trusted over https, "" for the system's.
+    """
 
     url: str
     path: str
     headers: Mapping[str, str]
     timeout_s: float
+    ca: str = ""
 
     def head(self) -> bytes:
         """Return the request's head up to the number of bytes in its body."""

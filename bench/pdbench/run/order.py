@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know; ``warmup`` None: as many requests as the concurrency (8 in an open loop)."""
+    """Everything a run needs to know; ``warmup`` None: as many requests as the concurrency (8 in an open loop).
+
+    ``headers`` carry the key, where there is one, and ``admin`` that for what changes a worker;
+    ``ca``: certificates (PEM) that alone are trusted, "" for the system's.
+    """
 
     url: str
     target: Target
@@ -30,6 +34,8 @@ class Plan:
     warmup: int | None
     timeout_s: float
     headers: Mapping[str, str]
+    admin: Mapping[str, str]
+    ca: str
     deployment: Deployment | None
     scrape_every_s: float
     processes: int = 1

@@ -89,7 +89,7 @@ class Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         plan = self._plan
-        endpoint = Endpoint(plan.url, PATHS[plan.target.api], plan.headers, plan.timeout_s)
+        endpoint = Endpoint(plan.url, PATHS[plan.target.api], plan.headers, plan.timeout_s, plan.ca)
         crew = Crew(self._folder.path, endpoint, plan.processes, fault=self._broken, progress=self._ended, failed=self._failed)
         try:
             target = await self._probe(crew)
@@ -161,7 +161,7 @@ class Session:
         if self._plan.deployment is not None and meeting.leads:
             from pdbench.evidence import Evidence  # aiohttp takes a quarter of a second to import
 
-            evidence = Evidence(self._plan.deployment, self._plan.headers, ThreadPoolExecutor(1))
+            evidence = Evidence(self._plan.deployment, self._plan.headers, self._plan.admin, ThreadPoolExecutor(1))
         serial = 1
         try:
             verify = evidence is not None and self._plan.setup.verify_outputs > 0

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from pdbench.run.exchange import Endpoint, Exchange
+from pdbench.trust import trusting
 
 #: seconds after which an idle connection is dropped: below the 5 s after which uvicorn, and so SGLang, closes it
 _KEEPALIVE_S = 4.0
@@ -118,7 +119,7 @@ class Wire:
         self._ended = ended
         parts = urlsplit(endpoint.url)
         self._host = parts.hostname or ""
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = trusting(endpoint.ca) if parts.scheme == "https" else None
         port = parts.port or (443 if self._tls else 80)
         self._addresses = socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM)
         self._epoll = select.epoll()

@@ -54,7 +54,8 @@ class Cluster:
         rank = {"host": "?", "argv": [content], "env": {}, "gpus": []}
         return {
             "ratio": str(planner.ratio), "engine": planner.engine.name, "emulated": planner.engine.emulated,
-            "model": planner.model, "served_model_name": planner.model, "api_key": False, "unknown": planner.left_to_discover(),
+            "model": planner.model, "served_model_name": planner.model, "api_key": False, "admin_api_key": False,
+            "unknown": planner.left_to_discover(),
             "workers": [{"name": name, "role": name.rsplit("-", 1)[0], "url": name, "ranks": [dict(rank)]} for name in names],
             "router": {"argv": [str(planner.ratio.disaggregated)], "members": [], "host": "?", "url": "?"}, "hosts": {},
         }  # fmt: skip

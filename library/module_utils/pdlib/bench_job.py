@@ -13,17 +13,18 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from . import accounts, processes
+from . import accounts, keys, processes
 from .errors import UserError
 from .managers import tail, write
 from .reconcile import STEP_S, Outcome, claim
-from .units import KEY_FILE
 
 Json = Dict[str, Any]
 #: File of a run's folder with the secret by which several clients know each other.
 MEET_KEY = "meet.key"
 #: What the load generator does without. Nothing of seccomp: its rules are gone through at each system call, which is time.
 CONFINED = ("NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=full", "ProtectControlGroups=yes", "UMask=0027")
+#: File of a run's folder with the certificates that it trusts, where the router speaks TLS.
+ROUTER_CA = "router-ca.pem"
 
 
 class Job:
@@ -66,7 +67,7 @@ class Job:
         argv: Sequence[str],
         plan: Mapping[str, Any],
         files: Mapping[str, str],
-        api_key: Optional[str],
+        secrets: Mapping[str, str],
         needed_mb: int,
         selfcheck: Sequence[str] = (),
         after: Sequence[str] = (),
@@ -76,7 +77,7 @@ class Job:
 
         ``files``: contents in base64 by their name in the run's folder. ``selfcheck``: a command that goes first, whatever comes of it
         (the gate judges that); ``after``: one that goes last, when the run has measured, and changes nothing of how it ended.
-        Neither when empty. ``meet_key``: what the clients know each other by, where there are several.
+        Neither when empty. ``secrets``: keys by their variable's name. ``meet_key``: what the clients know each other by, where there are several.
         """
         claim(self.state_dir, shared=bool(self.user))
         if self.user:
@@ -91,12 +92,14 @@ class Job:
         write(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n", 0o600)
         for name, content in files.items():
             (self.folder / name).write_bytes(base64.b64decode(content))
+        if (plan.get("router") or {}).get("tls_ca"):
+            write(self.folder / ROUTER_CA, plan["router"]["tls_ca"], 0o644)
         if meet_key:
             write(self.folder / MEET_KEY, meet_key, 0o600)
-        if api_key:
-            write(Path(self.state_dir) / KEY_FILE, api_key, 0o600)
+        for name, key in secrets.items():
+            write(Path(self.state_dir) / keys.FILES[name], key, 0o600)
             if self.user:
-                accounts.own(Path(self.state_dir) / KEY_FILE, self.user)
+                accounts.own(Path(self.state_dir) / keys.FILES[name], self.user)
         checking, command, last = (
             [item.replace("{dir}", str(self.folder)) for item in words] for words in (selfcheck, argv, after)
         )

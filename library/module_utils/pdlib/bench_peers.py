@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Sequence
 
+from . import keys
 from .errors import UserError, listing
-from .units import KEY_FILE
 
 Json = Dict[str, Any]
 #: Ours, which always runs, and those that may run after it.
@@ -35,6 +35,8 @@ def check(cluster: Mapping[str, Any], emulated: bool, clients: int = 1) -> None:
         raise UserError(
             f"{said} sends from one host, and bench_clients has {clients}: leave one there, or take bench_tool=pdbench"
         )
+    if cluster["router_tls_cert"]:
+        raise UserError(f"{said} is not told whom to trust, and router_tls_cert is set: take bench_tool=pdbench")
     given = [name for name in _UNSENDABLE if cluster[name]]
     if given:
         raise UserError(f"{said} cannot send the load of {listing(given)}: leave it out, or take bench_tool=pdbench")
@@ -65,4 +67,6 @@ def command(
     argv += ["--python", f"{where['install_dir']}/bench-{tool}/bin/python"]
     argv += ["--url", plan["router"]["url"], "--model", plan["served_model_name"]]
     argv += ["--tokenizer", "{dir}/tokenizer.json"] if "tokenizer.json" in files else []
-    return argv + (["--api-key-file", f"{where['state_dir']}/{KEY_FILE}"] if plan["api_key"] else [])
+    return argv + [
+        word for flag, file in keys.flags(where["state_dir"], plan["api_key"]).items() for word in (f"{flag}-file", file)
+    ]

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
-from . import bench_load, bench_peers
-from .bench_job import MEET_KEY
+from . import bench_load, bench_peers, keys
+from .bench_job import MEET_KEY, ROUTER_CA
 from .errors import UserError
-from .units import KEY_FILE
 
 Json = Dict[str, Any]
 #: Virtualenv of the load generator on the client host.
@@ -110,8 +109,10 @@ def make(
     for number, me in enumerate(where["clients"].values(), 1):
         argv = [me["python"], "-m", "pdbench", "run", "--url", plan["router"]["url"]]
         argv += ["--model", plan["served_model_name"], *load, "--plan", "{dir}/plan.json", "--output", "{dir}"]
-        if plan["api_key"]:
-            argv += ["--api-key-file", f"{me['state_dir']}/{KEY_FILE}"]
+        for flag, file in keys.flags(me["state_dir"], plan["api_key"], plan["admin_api_key"]).items():
+            argv += [f"{flag}-file", file]
+        if plan["router"].get("tls_ca"):
+            argv += ["--ca-file", f"{{dir}}/{ROUTER_CA}"]
         if len(clients) > 1:
             argv += ["--share", f"{number}/{len(clients)}", "--meet", meet, "--meet-key", f"{{dir}}/{MEET_KEY}"]
         me["argv"] = argv

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional
 from urllib.parse import urlsplit
 
 from . import firewall
+from .ask import opener
 from .doctor_facts import Json
 from .gateway import Gateway
 
@@ -43,7 +44,7 @@ def ask(plan: Mapping[str, Any], key: Optional[str], name: str, requests: bool, 
         heard["pairs"] = _pairs(gateway, plan, said, pair_s)
         # A stream that takes a pair which is known to hang would hang, too.
         if heard["router"]["ready"] == 200 and not any(row["error"] for row in heard["pairs"]):
-            heard["stream"] = _twice(lambda: stream(plan["router"]["url"], key, plan["served_model_name"], pair_s))
+            heard["stream"] = _twice(lambda: stream(gateway, plan["served_model_name"], pair_s))
     return heard
 
 
@@ -146,7 +147,7 @@ def _pairs(gateway: Gateway, plan: Mapping[str, Any], said: Mapping[str, Json], 
     return [{key: row[key] for key in keys} for row in rows]
 
 
-def stream(url: str, key: Optional[str], model: str, limit_s: float) -> Json:
+def stream(gateway: Gateway, model: str, limit_s: float) -> Json:
     """Send one streamed request through the router; return when its events came, in seconds from the first byte sent.
 
     ``tokens_s``: events with text; ``empty_first_s``: when an event without any came before them (None: none did); ``end_s``;
@@ -161,12 +162,11 @@ def stream(url: str, key: Optional[str], model: str, limit_s: float) -> Json:
         "ignore_eos": True,
         "stream": True,
     }
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    call = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {gateway.key}"} if gateway.key else {})}
+    call = urllib.request.Request(f"{gateway.url}/v1/completions", json.dumps(body).encode(), headers)
     started = time.monotonic()
     try:
-        with opener.open(call, timeout=limit_s) as answer:
+        with opener(gateway.ca).open(call, timeout=limit_s) as answer:
             for line in answer:
                 now = time.monotonic() - started
                 _event(said, line, now)

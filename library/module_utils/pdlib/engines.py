@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from . import keys
 from .errors import UserError, did_you_mean, listing
 from .fabric import Setting
-from .units import KEY_FILE, KEY_LAUNCHER
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class WorkerContext:
     mem_fraction: Optional[float]
     profile: str
     api_key: bool
+    admin_api_key: bool
     address: str
     cache_dir: Optional[str]
     #: whether its devices are Ascend's
@@ -58,7 +59,7 @@ class Engine:
     owned: Mapping[str, str]
     flags: Callable[[WorkerContext], Dict[str, Any]]
     env: Callable[[WorkerContext], Dict[str, str]]
-    #: argv before the flags: (python, state_dir, api_key) ->
+    #: argv before the flags
     command: Callable[[WorkerContext], List[str]]
     health_path: Callable[[str], str]
     #: requirement files installed in turn into the engine's virtualenv: version ->
@@ -79,6 +80,8 @@ class Engine:
     nvshmem: Callable[[Args], bool] = lambda args: False
     #: how a pair is tried (gateway.py): "at-once" to both ends, or "two-step"
     pair_probe: str = "at-once"
+    #: whether a key of its own guards what changes a worker
+    admin_key: bool = False
     #: whether decode workers fetch the KV cache, and prefill workers do not send it
     kv_reads: bool = False
     #: what a router may poll on other engines -> the first version of this one that lacks it
@@ -134,10 +137,11 @@ def _kernel_caches(folder: str) -> Dict[str, str]:
     }
 
 
-def run_module(module: str, python: str, state_dir: str, api_key: bool) -> List[str]:
-    """Return argv that runs a Python module which takes a key only in argv; the launcher keeps it out of there."""
-    if api_key:
-        return [python, f"{state_dir}/{KEY_LAUNCHER}", f"{state_dir}/{KEY_FILE}", "--api-key", module]
+def run_module(module: str, python: str, state_dir: str, api_key: bool, admin_api_key: bool = False) -> List[str]:
+    """Return argv that runs a Python module which takes keys only in argv; the launcher keeps them out of there."""
+    files = keys.flags(state_dir, api_key, admin_api_key)
+    if files:
+        return [python, f"{state_dir}/{keys.LAUNCHER}", *(word for pair in files.items() for word in pair), module]
     return [python, "-m", module]
 
 
@@ -222,9 +226,8 @@ def _emulated_flags(c: WorkerContext) -> Dict[str, Any]:
         flags["mem-fraction-static"] = c.mem_fraction
     if c.role != "aggregated":
         flags.update({"node": c.node, "rdma-fabric": c.rdma_fabric, "transfer-backend": c.transfer_backend})
-    if c.api_key:
-        flags["api-key-file"] = f"{c.state_dir}/{KEY_FILE}"
-    return flags
+    files = keys.flags(c.state_dir, c.api_key, c.admin_api_key)
+    return {**flags, **{f"{flag.lstrip('-')}-file": file for flag, file in files.items()}}
 
 
 _SGLANG_OWNED = {
@@ -242,6 +245,7 @@ _SGLANG_OWNED = {
     "disaggregation-ib-device": "rdma_devices",
     "mem-fraction-static": "mem_fraction",
     "api-key": "api_key",
+    "admin-api-key": "admin_api_key",
 }
 _VLLM_OWNED = {
     "model": "model",
@@ -271,6 +275,7 @@ _EMULATED_OWNED = {
     "transfer-backend": "transfer_backend",
     "mem-fraction-static": "mem_fraction",
     "api-key-file": "api_key",
+    "admin-api-key-file": "admin_api_key",
 }
 
 #: 0.32.0 is the newest that there is for CPUs.
@@ -293,7 +298,7 @@ ENGINES: Dict[str, Engine] = {
         owned=_SGLANG_OWNED,
         flags=_sglang_flags,
         env=_sglang_env,
-        command=lambda c: run_module("sglang.launch_server", c.python, c.state_dir, c.api_key),
+        command=lambda c: run_module("sglang.launch_server", c.python, c.state_dir, c.api_key, c.admin_api_key),
         # /ready is new; /health generates a token, so it takes a second or more
         health_path=lambda version: "/health" if version == "0.5.17" else "/ready",
         requirements=lambda version: [f"requirements/engine-sglang-{version}.txt"],
@@ -304,6 +309,7 @@ ENGINES: Dict[str, Engine] = {
         model_overrides="json-model-override-args",
         nvshmem=lambda args: _over_nvshmem(args.get("moe-a2a-backend")),
         gone={"/get_load": "0.5.23"},
+        admin_key=True,
         role_flag="disaggregation-mode",
         switch_flag="enable-pd-role-switch",
         switch_backends=_SWITCHING,
@@ -353,6 +359,7 @@ ENGINES: Dict[str, Engine] = {
         requirements=lambda version: ["requirements/pdbench-emulate.txt", "pdbench"],
         build=lambda version: "",
         ports=_BOOTSTRAP,
+        admin_key=True,
         role_flag="role",
         switch_flag="enable-pd-role-switch",
         switch_backends=_SWITCHING,

@@ -80,19 +80,20 @@ def _tokens(answer: str, section: str = "meta_info") -> Any:
 class Gateway:
     """HTTP to the router and the workers; ``key``: the shared API key, None without one.
 
-    ``router``: the plan's, of which ``membership`` ("workers" or "restart") and ``registration`` count (routers.py).
+    ``router``: the plan's, of which ``membership`` ("workers" or "restart"), ``registration`` and ``tls_ca`` count (routers.py).
     """
 
     def __init__(self, url: str, key: Optional[str], router: Optional[Mapping[str, Any]] = None):
         self.url, self.key = url, key
         self.restarts = (router or {}).get("membership") == "restart"
+        self.ca = (router or {}).get("tls_ca") or ""
         self.registration: Mapping[str, str] = (router or {}).get("registration") or {}
         #: ids of members that were told to go and still have requests to answer, as of the last look
         self.draining: Set[str] = set()
 
     def request(self, method: str, url: str, body: Optional[Json] = None, timeout_s: float = 5.0) -> Tuple[int, str]:
         """Return (HTTP status, text); status 0 and the reason when there was no answer."""
-        return ask.request(method, url, self.key, body, timeout_s)
+        return ask.request(method, url, self.key, body, timeout_s, self.ca)
 
     def members(self) -> Optional[List[Tuple[str, Member, bool]]]:
         """Return the router's members, None while it does not answer."""
@@ -159,6 +160,7 @@ class Gateway:
         if self.restarts:
             return self._restarted(known, wanted, check)
         if known is None:
+            self._check_trust()
             outcome.done, outcome.message = check, f"waiting for the router at {self.url}"
             return outcome
         change = difference(known, wanted)
@@ -205,6 +207,12 @@ class Gateway:
             if any(row["error"] for row in rows):
                 return Outcome(), rows
         return self.converge(wanted_members(plan), False, True), rows
+
+    def _check_trust(self) -> None:
+        """Raise UserError where the router answers, and is not the one that its certificates vouch for."""
+        status, why = self.request("GET", f"{self.url}/health")
+        if not status and "CERTIFICATE_VERIFY_FAILED" in why:
+            raise UserError(f"the router at {self.url} shows a certificate that router_tls_ca does not vouch for: {why}")
 
     def _restarted(self, known: Optional[Sequence[Tuple[str, Member, bool]]], wanted: Sequence[Member], check: bool) -> Outcome:
         """Wait for a router that learnt its members at its start; not all of them can say which these are."""

@@ -24,7 +24,7 @@ from .ratio import Ratio
 Json = Dict[str, Any]
 _PORTS = ("port", "bootstrap_port", "side_channel_port", "dist_init_port")
 #: what all workers of a deployment must have in common
-_ONE = ("engine", "engine_version", "model", "served_model_name", "transfer_backend", "api_key")
+_ONE = ("engine", "engine_version", "model", "served_model_name", "transfer_backend", "api_key", "admin_api_key")
 _DEPLOY = "ansible-playbook deploy_pd.yml -e ratio={} does, with an interruption of the service"
 
 
@@ -65,7 +65,8 @@ def check(current: Optional[Json], target: Json) -> None:
             f"the deployment has no {listing(sorted(after - before))} worker, so nothing serves that could go on: {instead}"
         )
     for name in _ONE:
-        if current.get(name) != target[name]:
+        # A plan from before there was an admin key says nothing of it.
+        if (current.get(name) or False) != (target[name] or False):
             raise UserError(
                 f"{name} is {current.get(name)} in what is deployed and would be {target[name]}: prefill and decode must agree on it, "
                 f"so it cannot change worker by worker; {instead}"

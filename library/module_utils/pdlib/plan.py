@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple
 
-from . import engines, firewall, flags, plan_file, provision, routers, runtimes, transfer
+from . import engines, firewall, flags, keys, plan_file, provision, routers, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric import FABRICS, Link, Setting, Use, choose_backend, expected_transport, forces_tcp, link_of, settings_for, shown
@@ -29,7 +29,7 @@ class Inputs:
 
     ``groups``: group -> hosts in inventory order; ``cluster`` and ``hosts``: typed settings (settings.py); ``limit``: the
     hosts of ``--limit``, None without one; ``current``: the deployed plan; ``discovered``: host -> facts found there;
-    ``overrides``: the extra-vars that the deployment is made with (no secrets).
+    ``overrides``: the extra-vars that the deployment is made with (no secrets); ``tls_ca``: what clients of the router trust.
     """
 
     groups: Mapping[str, Sequence[str]]
@@ -39,6 +39,7 @@ class Inputs:
     current: Optional[Json] = None
     discovered: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    tls_ca: str = ""
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], ratio: ratios.Ratio) -> None:
@@ -62,6 +63,7 @@ class Planner:
         self.version = self._engine_version()
         self.router = routers.router(self.cluster["router"])
         routers.check(self.router, self.engine, self.version, self.cluster, self.ratio.disaggregated)
+        keys.check(self.cluster, self.engine.name, self.engine.admin_key)
         if self.engine.needs_model and not self.cluster["model"]:
             raise UserError(
                 f"model is not set: engine {self.engine.name} needs a path or hub name, such as -e model=Qwen/Qwen2.5-3B-Instruct"
@@ -431,8 +433,8 @@ class Planner:
             node=host, rdma_fabric=links[host].fabric if links[host].devices else "none",
             fabric=fabric, gpus=runtimes.visible(gpus, self._gpus(host)) if in_container else gpus,
             mem_fraction=settings["mem_fraction"], profile=settings["emulated_profile"],
-            api_key=self.cluster["api_key"] is not None, address=addresses[host], cache_dir=settings["cache_dir"],
-            npu=self._npu(host),
+            api_key=self.cluster["api_key"] is not None, admin_api_key=self.cluster["admin_api_key"] is not None,
+            address=addresses[host], cache_dir=settings["cache_dir"], npu=self._npu(host),
         )  # fmt: skip
         given = flags.overlaid(self.engine.flags(context), self._engine_args(host, worker.role))
         own = self._engine_env(host, worker.role)
@@ -492,9 +494,10 @@ class Planner:
             check_interval=cluster["router_health_check_interval"], ready_timeout=cluster["ready_timeout"],
             disaggregated=self.ratio.disaggregated, engine=self.engine.name,
             workers=[(w["role"], w["url"], w["ranks"][0].get("bootstrap_port")) for w in workers],
-            api_key=cluster["api_key"] is not None,
+            api_key=cluster["api_key"] is not None, tls=bool(cluster["router_tls_cert"]),
         )  # fmt: skip
         extra = self.router.arguments(cluster["router_args"])
+        scheme = "https" if cluster["router_tls_cert"] else "http"
         registration = self.router.registers(self.engine.name, self.ratio.disaggregated)
         members = [] if registration else self.router.members(context)
         return {
@@ -503,8 +506,9 @@ class Planner:
             # Where members cannot change while it runs, they are what it is restarted for.
             "members": members if self.router.membership == "workers" else [], "membership": self.router.membership,
             "registration": registration, "env": {}, "address": addresses[host], "listen": listen, "port": cluster["router_port"],
-            "prometheus_port": cluster["router_prometheus_port"], "url": f"http://{addresses[host]}:{cluster['router_port']}",
+            "prometheus_port": cluster["router_prometheus_port"], "url": f"{scheme}://{addresses[host]}:{cluster['router_port']}",
             "metrics_url": f"http://{addresses[host]}:{cluster['router_prometheus_port']}/metrics",
+            **({"tls_ca": self.inputs.tls_ca} if cluster["router_tls_cert"] else {}),
         }  # fmt: skip
 
     def _needs(self, host: str, has_worker: bool, link: Link) -> transfer.Needs:
@@ -604,6 +608,7 @@ class Planner:
             "model": self.model,
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,
+            "admin_api_key": self.cluster["admin_api_key"] is not None,
             # Aggregated workers move no KV cache, whatever is set for those that do.
             "transfer_backend": backend if pairs else "none",
             "transfer_backend_reason": reason if pairs else "aggregated workers move no KV cache",

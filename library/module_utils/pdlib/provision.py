@@ -50,7 +50,7 @@ def container(rank: Json, settings: Settings, cluster: Settings, model: str, len
         install_dir=settings["install_dir"],
         gpus=lent if accelerated and "CUDA_VISIBLE_DEVICES" in rank["env"] else (),
         rdma=accelerated and bool(rank["rdma_devices"]),
-        api_key=cluster["api_key"] is not None,
+        keys=cluster["api_key"] is not None or cluster["admin_api_key"] is not None,
         files=bool(settings["engine_files"]),
         root=settings["service_manager"] == "systemd" or settings["runtime"] == "docker",
         shm_size=settings["engine_shm_size"],

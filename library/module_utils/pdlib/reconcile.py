@@ -7,18 +7,19 @@ import http.client
 import json
 import os
 import shutil
+import ssl
 import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
-from . import accounts, ask, caches, containers, firewall_host, processes, role_switch
+from . import accounts, ask, caches, containers, firewall_host, keys, processes, role_switch
 from .errors import UserError, listing
 from .firewall import UNIT as FIREWALL
 from .managers import MANAGERS, Supervisord, Systemd, write
 from .runtimes import container_name
-from .units import KEY_FILE, KEY_LAUNCHER, identity
+from .units import identity
 
 Json = Dict[str, Any]
 Manager = Union[Supervisord, Systemd]
@@ -41,9 +42,10 @@ class Outcome:
 
 
 def healthy(url: str, timeout_s: float = 3.0) -> bool:
-    """Whether ``url`` answers 200."""
+    """Whether ``url`` answers 200; no secret goes there, so nobody asks who it is that answers."""
     try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        unverified = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), unverified)
         with opener.open(url, timeout=timeout_s) as answer:
             return bool(answer.status == 200)
     except (OSError, ValueError, http.client.HTTPException):
@@ -61,13 +63,13 @@ class Reconciler:
         ratio: str,
         units: Sequence[Json],
         check: bool,
-        api_key: Optional[str] = None,
+        secrets: Optional[Mapping[str, str]] = None,
         launcher: str = "",
         user: str = "",
         shipped: Optional[Mapping[str, str]] = None,
         keep: Sequence[str] = (),
     ):
-        self.keep, self.api_key = set(keep), api_key
+        self.keep, self.secrets = set(keep), dict(secrets or {})
         #: unit -> what it does instead of being ready
         self.waits: Dict[str, str] = {}
         self.user = user if manager == "systemd" else ""
@@ -81,9 +83,12 @@ class Reconciler:
         self.outcome = Outcome()
         self.record_file = self.home / "units.json"
         self.record: Json = self._read_record()
-        self.private = {KEY_FILE: (api_key, 0o600), KEY_LAUNCHER: (launcher, 0o700)} if api_key else {}
+        #: A key lies where a unit reads it.
+        read = [name for name in self.secrets if any(keys.reads(unit, name) for unit in units)]
+        self.private = {keys.FILES[name]: (self.secrets[name], 0o600) for name in read}
+        if self.secrets and launcher:
+            self.private[keys.LAUNCHER] = (launcher, 0o700)
         self.shipped = {str(self.home / "files" / name): text for name, text in (shipped or {}).items()}
-        self.secret = hashlib.sha256(api_key.encode()).hexdigest() if api_key else ""
 
     def _read_record(self) -> Json:
         try:
@@ -96,14 +101,16 @@ class Reconciler:
         write(self.record_file, json.dumps(self.record, indent=1, sort_keys=True) + "\n", 0o600)
 
     def _identity(self, name: str) -> str:
-        """What the unit is started as: its command line, its key, the files it names, the virtualenv that it runs from."""
+        """What the unit is started as: its command line, its keys, the files it names, the virtualenv that it runs from."""
         stamp = Path(self.units[name]["argv"][0]).parent.parent / ".pd-stamp"
         installed = _text(stamp)
         if "container" in self.units[name]:
             installed += _text(Path(self.units[name]["container"]["record"]))
         named = "".join(text for path, text in sorted(self.shipped.items()) if path in self.units[name]["argv"])
         files = hashlib.sha256(named.encode()).hexdigest() if named else ""
-        return identity(self.units[name], self.secret + installed + files)
+        read = [self.secrets[key] for key in sorted(self.secrets) if keys.reads(self.units[name], key)]
+        secret = "".join(hashlib.sha256(key.encode()).hexdigest() for key in read)
+        return identity(self.units[name], secret + installed + files)
 
     def _files(self, name: str) -> str:
         """A hash of the unit's own files as they are; "" when they are not there."""
@@ -178,18 +185,19 @@ class Reconciler:
             self._save()
 
     def _write_private(self) -> None:
-        """Keep shipped files where engines read them, and the key where units and the load generator do, or nowhere."""
+        """Keep shipped files where engines read them, and keys where units and the load generator do, or nowhere."""
         for path, text in self.shipped.items():
             if write(Path(path), text, 0o644):
                 self._change(f"wrote files/{Path(path).name}")
         for name, (text, mode) in self.private.items():
-            if write(self.home / name, text or "", mode):
+            if write(self.home / name, text, mode):
                 self._change(f"wrote {name}")
             if self.user:
                 accounts.own(self.home / name, self.user)
-        if not self.private and (self.home / KEY_FILE).exists():
-            (self.home / KEY_FILE).unlink()
-            self._change(f"removed {KEY_FILE}")
+        for key, file in keys.FILES.items():
+            if key not in self.secrets and (self.home / file).exists():
+                (self.home / file).unlink()
+                self._change(f"removed {file}")
 
     def _forget(self, names: Sequence[str]) -> None:
         """Remove the files of units that are gone."""
@@ -342,9 +350,10 @@ class Reconciler:
 
     def _has_role(self, name: str) -> bool:
         """Whether a worker whose role can change has the one that it should have; it is told so, where it has another."""
-        key = self.api_key
 
         def asked(method: str, url: str, body: Optional[Json]) -> Tuple[int, str]:
+            # Where there is an admin key, what changes a worker takes no other.
+            key = (self.secrets.get(keys.ADMIN) if url.endswith(role_switch.PATH) else None) or self.secrets.get(keys.API)
             # CUDA graphs of decode may be made first.
             return ask.request(method, url, key, body, 120.0 if body else 5.0)
 

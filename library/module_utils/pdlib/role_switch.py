@@ -7,6 +7,8 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from .errors import UserError
 
+#: where a worker is told its role; guarded by the admin key
+PATH = "/pd_role_switch"
 #: (method, URL, body) -> (HTTP status, text), as ask.request
 Ask = Callable[[str, str, Optional[Dict[str, Any]]], Tuple[int, str]]
 
@@ -37,7 +39,7 @@ def bring(name: str, switch: Mapping[str, Any], ask: Ask) -> Tuple[bool, str]:
     if role == "decode":
         sizes = (_loads(peer, "memory", ask).get("graph_gb") for peer in switch["decode_peers"])
         body["decode_cuda_graph_memory_gb"] = next((size for size in sizes if size is not None), 0.0)
-    status, text = ask("POST", f"{switch['url']}/pd_role_switch", body)
+    status, text = ask("POST", switch["url"] + PATH, body)
     if status == 200:
         return True, f"switched {name} from {mode} to {role}"
     if "not idle" in text:

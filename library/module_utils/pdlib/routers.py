@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import flags as tables
+from . import keys
 from .engines import Engine, run_module
 from .errors import UserError, did_you_mean
 
@@ -27,6 +28,7 @@ class RouterContext:
     disaggregated: bool
     workers: Sequence[Tuple[str, str, Optional[int]]]
     api_key: bool
+    tls: bool
     engine: str
 
 
@@ -59,6 +61,8 @@ class Router:
     aggregated: bool = True
     #: whether it asks clients for the key, and gives it to workers
     takes_key: bool = True
+    #: whether it speaks HTTPS
+    tls: bool = True
 
     def command(self, c: RouterContext) -> List[str]:
         """Return argv before the flags."""
@@ -75,6 +79,9 @@ class Router:
 
 def _common_flags(c: RouterContext) -> Dict[str, Any]:
     flags: Dict[str, Any] = {"host": c.listen, "port": c.port}
+    if c.tls:
+        named = {"tls-cert-path": keys.CERT, "tls-key-path": keys.CERT_KEY}
+        flags.update({flag: f"{c.state_dir}/{keys.FILES[name]}" for flag, name in named.items()})
     flags.update({"prometheus-host": c.listen, "prometheus-port": c.prometheus_port, "policy": c.policy})
     return flags
 
@@ -134,6 +141,8 @@ _OWNED = {
     "decode": "ratio",
     "worker-urls": "ratio",
     "api-key": "api_key",
+    "tls-cert-path": "router_tls_cert",
+    "tls-key-path": "router_tls_key",
     "health-check-interval-secs": "router_health_check_interval",
     "mini-lb": "router (to mini-lb)",
 }
@@ -189,6 +198,7 @@ ROUTERS: Dict[str, Router] = {
         membership="restart",
         # With --api-key it sends "Bearer " and nothing else, and lets every client in.
         takes_key=False,
+        tls=False,
     ),
     "mini-lb": Router(
         name="mini-lb",
@@ -204,6 +214,7 @@ ROUTERS: Dict[str, Router] = {
         membership="restart",
         aggregated=False,
         takes_key=False,
+        tls=False,
     ),
 }
 
@@ -213,6 +224,18 @@ def router(name: str) -> Router:
     if name not in ROUTERS:
         raise UserError(f"router={name!r}: one of {', '.join(ROUTERS)}{did_you_mean(name, ROUTERS)}")
     return ROUTERS[name]
+
+
+def _check_tls(chosen: Router, cluster: Mapping[str, Any]) -> None:
+    cert, key = cluster[keys.CERT], cluster[keys.CERT_KEY]
+    if cert and not chosen.tls:
+        able = [other.name for other in ROUTERS.values() if other.tls]
+        raise UserError(f"router={chosen.name} speaks no TLS: set router to {' or '.join(able)}, or no router_tls_cert")
+    for name in (keys.CERT_KEY, "router_tls_ca"):
+        if cluster[name] and not cert:
+            raise UserError(f"{name} is set, and router_tls_cert is not: the router needs a certificate to speak TLS")
+    if cert and not key:
+        raise UserError("router_tls_cert is set, and router_tls_key is not: the router needs the certificate's private key")
 
 
 def _numbers(version: str) -> List[int]:
@@ -233,6 +256,7 @@ def check(chosen: Router, engine: Engine, version: str, cluster: Mapping[str, An
         )
     if cluster["api_key"] is not None and not chosen.takes_key:
         raise UserError(f"router={chosen.name} sends workers no api_key: set another router, or no api_key")
+    _check_tls(chosen, cluster)
     for role in ("", "prefill_", "decode_"):
         name, policy = f"router_{role}policy", cluster[f"router_{role}policy"]
         able_to = [*chosen.policies, *(chosen.prefill_policies if role == "prefill_" else ())]

@@ -40,7 +40,7 @@ class Container:
     install_dir: str
     gpus: Sequence[int]
     rdma: bool
-    api_key: bool
+    keys: bool
     files: bool
     root: bool
     shm_size: Optional[str]
@@ -103,7 +103,7 @@ def _kept(env: Mapping[str, str]) -> List[str]:
 def _mounts(c: Container, env: Mapping[str, str]) -> List[str]:
     work = work_dir(c.state_dir, c.unit)
     pairs = [(work, work, ""), (f"{c.install_dir}/cache", "/root/.cache", ""), *((path, path, "") for path in _kept(env))]
-    ours = [*(("secrets", "bin") if c.api_key else ()), *(("files",) if c.files else ())]
+    ours = [*(("secrets", "bin") if c.keys else ()), *(("files",) if c.files else ())]
     pairs += [(f"{c.state_dir}/{folder}", f"{c.state_dir}/{folder}", ",readonly") for folder in ours]
     if c.model:
         pairs.append((c.model, c.model, ",readonly"))

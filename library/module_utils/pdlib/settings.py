@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from . import bench_load, firewall
+from . import bench_load, firewall, keys
 from .errors import UserError, did_you_mean, nearest
 from .plan_file import newer
 from .variables import BENCH, CLUSTER, HOST, ONLY_TYPED, VARIABLES, VERB, Variable
@@ -30,6 +30,17 @@ def check_extra_vars(extra: Mapping[str, Any]) -> None:
         if name not in VARIABLES and not name.startswith("ansible_"):
             hint = did_you_mean(name, VARIABLES) or "; docs/variables.md lists them"
             raise UserError(f"-e {name}=...: there is no variable {name}{hint}")
+
+
+def check_typed(extra: Mapping[str, Any], typed: Sequence[str]) -> None:
+    """Refuse secrets among the words of the command line (``typed``: those after ``-e``), which `ps` shows to everybody."""
+    for name, value in extra.items():
+        secret = name in VARIABLES and VARIABLES[name].secret and value and value != keys.GENERATE
+        if secret and any(str(value) in word for word in typed if not word.startswith("@")):
+            raise UserError(
+                f"-e {name}=...: every user of this machine sees it in `ps`, and it is a secret: put it into a vault, or into a file "
+                "of mode 0600 for -e @FILE"
+            )
 
 
 def check_inventory_names(names: Mapping[str, Iterable[str]]) -> None:
@@ -189,8 +200,8 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
         raise UserError(f"{variable.name}={shown} ({where}): expected 64 hex digits in lower case")
     if variable.name == "engine_shm_size" and not re.fullmatch(r"[0-9]+[kmg]", result):
         raise UserError(f"{variable.name}={shown} ({where}): expected a size such as 32g")
-    if variable.secret and result.split() != [result]:
-        raise UserError(f"{variable.name} ({where}): expected one word, and it is empty or holds a space")
+    if variable.secret and not keys.one_word(result):
+        raise UserError(f"{variable.name} ({where}): expected one word of printable ASCII")
     if variable.type == "list" and variable.name != "bench_request_rate":
         result = [str(item) for item in result]
     numbers = result if variable.type == "ints" else [result]

@@ -12,9 +12,6 @@ from .processes import work_dir
 from .runtimes import client_env
 
 Json = Dict[str, Any]
-#: The API key and the launcher that reads it, under a host's state directory.
-KEY_FILE = "secrets/api_key"
-KEY_LAUNCHER = "bin/with_api_key.py"
 HEADER = "# Made from the plan by deploy_pd.yml; a change here is undone by the next deploy."
 #: The first line of every process in a log that goes on from one to the next.
 STARTED = "== pd: started"

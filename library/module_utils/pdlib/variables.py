@@ -126,7 +126,23 @@ def _table() -> Dict[str, Variable]:
             maximum=65535,
         ),
         v("dist_init_port_base", "int", 5757, CLUSTER, "First rendezvous port of multi-node workers.", minimum=1, maximum=65535),
-        v("api_key", "str", None, CLUSTER, "Key that clients, router and workers share (put it in a vault).", secret=True),
+        v(
+            "api_key",
+            "str",
+            None,
+            CLUSTER,
+            "Key that clients, router and workers share: from a vault, or `generate` for one of ours; not set: `PD_API_KEY` of the "
+            "controller's environment, if any (docs/security.md).",
+            secret=True,
+        ),
+        v(
+            "admin_api_key",
+            "str",
+            None,
+            CLUSTER,
+            "Key that workers want, and no other, for slow_down, profiles, caches and roles: likewise, or `PD_ADMIN_API_KEY`.",
+            secret=True,
+        ),
         v("ready_timeout", "int", 1800, CLUSTER, "Longest wait for workers and router to become ready.", minimum=1, unit="s"),
         v(
             "router",
@@ -134,6 +150,22 @@ def _table() -> Dict[str, Variable]:
             "sglang-router",
             CLUSTER,
             "The router in front of the workers: `sglang-router`, `smg`, `vllm-router`, or for debugging `mini-lb`.",
+        ),
+        v(
+            "router_tls_cert",
+            "str",
+            None,
+            CLUSTER,
+            "The router speaks HTTPS with this certificate: a PEM file of the controller, relative to the checkout, that names the "
+            "router's `address` (docs/security.md).",
+        ),
+        v("router_tls_key", "str", None, CLUSTER, "Its private key: a PEM file (0600) of the controller, or one in a vault."),
+        v(
+            "router_tls_ca",
+            "str",
+            None,
+            CLUSTER,
+            "What clients of ours trust: a PEM file of the controller; not set: `router_tls_cert`, which is then its own CA.",
         ),
         v("router_port", "int", 8000, CLUSTER, "The router's port for clients.", minimum=1, maximum=65535),
         v("router_prometheus_port", "int", 29000, CLUSTER, "The router's metrics port.", minimum=1, maximum=65535),

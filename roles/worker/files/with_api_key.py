@@ -1,12 +1,12 @@
-"""Runs a Python module with a secret as the value of its last flag, so that the secret stands in no command line.
+"""Runs a Python module with secrets as the values of its last flags, so that they stand in no command line.
 
-    python with_api_key.py KEYFILE FLAG MODULE [ARGS...]
+    python with_api_key.py --FLAG KEYFILE [--FLAG KEYFILE ...] MODULE [ARGS...]
 
-is `python -m MODULE ARGS... FLAG <what KEYFILE holds>`, but the flag and the key are added inside this process: they
+is `python -m MODULE ARGS... --FLAG <what KEYFILE holds> ...`, but flags and keys are added inside this process: they
 are neither in /proc/<pid>/cmdline nor in /proc/<pid>/environ, and what this process logs through `logging` shows *** in
-the key's place (SGLang logs all its arguments at the start).
+a key's place (SGLang logs all its arguments at the start).
 
-KEYFILE must be a regular file of the user who runs this, closed to everyone else (0600 or 0400), and hold one word.
+A KEYFILE must be a regular file of the user who runs this, closed to everyone else (0600 or 0400), and hold one word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import runpy
 import stat
 import sys
 
-USAGE = "usage: python with_api_key.py KEYFILE FLAG MODULE [ARGS...]"
+USAGE = "usage: python with_api_key.py --FLAG KEYFILE [--FLAG KEYFILE ...] MODULE [ARGS...]"
 
 
 class KeyFileError(Exception):
@@ -49,12 +49,16 @@ def read_key(path: str) -> str:
     return words[0]
 
 
-def hide_in_logs(secret: str) -> None:
-    """Let every record that this process logs from now on show *** where `secret` stands."""
+def hide_in_logs(secrets: list[str]) -> None:
+    """Let every record that this process logs from now on show *** where one of the `secrets` stands."""
 
     class Record(logging.LogRecord):
         def getMessage(self) -> str:
-            return super().getMessage().replace(secret, "***")
+            message = super().getMessage()
+            # one that is part of another goes last
+            for secret in sorted(secrets, key=len, reverse=True):
+                message = message.replace(secret, "***")
+            return message
 
     logging.setLogRecordFactory(Record)
 
@@ -69,22 +73,26 @@ def found(module: str) -> bool:
 
 def main(argv: list[str]) -> int:
     """Command line; see the top of the file. Returns only when there was nothing to run, or when MODULE returned."""
-    if len(argv) < 4:
+    files, rest = [], argv[1:]
+    while len(rest) > 2 and rest[0].startswith("--"):
+        files.append((rest[0], rest[1]))
+        rest = rest[2:]
+    if not files or rest[0].startswith("--"):
         print(USAGE, file=sys.stderr)
         return 2
-    _, key_file, flag, module, *arguments = argv
+    module, *arguments = rest
     # `python -m` has the working folder where `python FILE` has the folder of FILE
     sys.path[0] = os.getcwd()
     try:
-        key = read_key(key_file)
+        keys = [(flag, read_key(path)) for flag, path in files]
     except KeyFileError as error:
         print(f"with_api_key: {error}", file=sys.stderr)
         return 2
     if not found(module):
         print(f"with_api_key: {sys.executable} has no module {module}", file=sys.stderr)
         return 2
-    hide_in_logs(key)
-    sys.argv = [module, *arguments, flag, key]
+    hide_in_logs([key for _, key in keys])
+    sys.argv = [module, *arguments, *(word for pair in keys for word in pair)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 
