@@ -22,7 +22,7 @@ from pdbench.records import Record
 from pdbench.report.look import LIGHT, Theme
 from pdbench.sweep.report import answer, heat, inside, lines
 from pdbench.sweep.report.choose import Decision, decisions, frontier, interval
-from pdbench.sweep.report.data import RATE, Cell, Table, table
+from pdbench.sweep.report.data import GOODPUT, RATE, Cell, Table, table
 from pdbench.sweep.report.read import Sweep
 from pdbench.sweep.trust import NARROW, REQUESTS, RULES, Facts, grade
 
@@ -42,7 +42,9 @@ def row(ratio: str, rate: float, repeat: int = 1, **other: object) -> Row:
 
 
 def runs(cell: Cell) -> list[Run]:
-    return [Run(int(r["repeat"]), {RATE: float(r[RATE])}) for r in cell.rows]
+    return [
+        Run(int(r["repeat"]), {name: float(r[name]) for name in (RATE, GOODPUT) if r.get(name) is not None}) for r in cell.rows
+    ]
 
 
 def decided(rows: Sequence[Row]) -> tuple[Table, list[Decision]]:
@@ -76,6 +78,41 @@ def test_along_the_frontier_more_of_one_is_less_of_the_other(points: list[tuple[
 
 
 # --- the best configuration
+
+
+def test_with_limits_configurations_are_chosen_by_what_kept_them() -> None:
+    """2p1d makes more tokens, 1p1d more requests within the limits; one without limits, or none within, is no goodput."""
+    rng = random.Random(1)
+
+    def rows(**goodput: float | None) -> list[Row]:
+        return [
+            row(ratio, base * noise, n, goodput=None if (good := goodput[f"r{ratio}"]) is None else good * noise)
+            for ratio, base in (("1p1d", 100), ("2p1d", 200))
+            for n in range(3)
+            for noise in [rng.lognormvariate(0, 0.01)]
+        ]
+
+    made, (found,) = decided(rows(r1p1d=40.0, r2p1d=8.0))
+    assert made.goal == GOODPUT
+    assert (found.state, found.leader.config.label) == ("best", "1p1d")
+    first, said, *_ = answer.answer(made, [found])
+    assert first == "1p1d is the best configuration at the one load, by requests/s within the limits, per GPU."
+    assert "At concurrency 8, 512 in / 64 out: 1p1d, 1" in said
+    (best,) = answer.best_table(made, [found]).rows
+    assert len(best) == len(answer.best_table(made, [found]).head)
+    assert answer._figure(made, found.leader).startswith(("9.", "10"))
+    for lacks in (rows(r1p1d=None, r2p1d=8.0), rows(r1p1d=0.0, r2p1d=0.0)):
+        made, (found,) = decided(lacks)
+        assert made.goal == RATE
+        assert found.leader.config.label == "2p1d"
+    made, (found,) = decided(rows(r1p1d=40.0, r2p1d=0.0))
+    assert made.goal == GOODPUT
+    assert found.leader.config.label == "1p1d"
+    assert found.lead is not None
+    assert answer.percent(found.lead) == "any number of times"
+    assert "nan" not in " ".join(answer.answer(made, [found]))
+    assert heat._says(found)
+
 
 NOISY = st.lists(st.lists(st.floats(90.0, 110.0), min_size=3, max_size=4), min_size=2, max_size=4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,10 +10,9 @@ from pdbench.compare.judge import ENOUGH
 from pdbench.report.tables import Table as Rows
 from pdbench.report.tables import number as shown
 from pdbench.sweep.report.choose import Decision, Interval, interval
-from pdbench.sweep.report.data import RATE, Cell, Table
+from pdbench.sweep.report.data import GOALS, GOODPUT, RATE, Cell, Table
 from pdbench.sweep.trust import Grade
 
-_METRIC = "output tokens/s per GPU"
 #: more loads than this are told in the table, not one by one
 _MOST_SENTENCES = 8
 
@@ -28,10 +28,10 @@ def answer(table: Table, found: Sequence[Decision]) -> list[str]:
     if not best:
         lines = [f"No best configuration was shown, at any of {_many(len(found), 'load')}."]
     elif len(wins) == 1 and not rest:
-        lines = [f"{next(iter(wins))} is the best configuration at {_all(len(found))}, by {_METRIC}."]
+        lines = [f"{next(iter(wins))} is the best configuration at {_all(len(found))}, by {GOALS[table.goal]}."]
     else:
         tail = f"; at {_of(rest, len(found))} no best one was shown" if rest else ""
-        lines = [f"The best configuration, by {_METRIC}, is {ahead}{tail}."]
+        lines = [f"The best configuration, by {GOALS[table.goal]}, is {ahead}{tail}."]
     if len(found) <= _MOST_SENTENCES:
         lines += [sentence(table, one) for one in found]
     return [*lines, *_aggregated(table, found)]
@@ -52,7 +52,7 @@ def _many(count: int, what: str) -> str:
 def sentence(table: Table, one: Decision) -> str:
     """Say what a load's cells show, and what they do not."""
     where, name = table.load_label(one.load), one.leader.config.label
-    value = f"{bounded(interval(one.leader, table.under(one.load)))} {_METRIC}"
+    value = f"{_figure(table, one.leader)} {GOALS[table.goal]}"
     if one.state == "alone" or one.runner_up is None or one.lead is None:
         return f"At {where}: only {name} was measured, {value}; there is nothing to compare it with."
     rival = one.runner_up.config.label
@@ -68,6 +68,8 @@ def sentence(table: Table, one: Decision) -> str:
 
 def percent(lead: Interval) -> str:
     """Return how much more one figure is than another, ``8.1 % (2.0–14.5 %)``."""
+    if lead.value == math.inf:
+        return "any number of times"
     middle = f"{100 * (lead.value - 1):.1f} %"
     if lead.low is None or lead.high is None:
         return middle
@@ -94,11 +96,12 @@ def _aggregated(table: Table, found: Sequence[Decision]) -> list[str]:
         others = [cell for cell in table.under(one.load) if cell.config not in agg]
         if not base or not others:
             continue
-        best = max(others, key=lambda cell: cell.mean(RATE))
+        best = max(others, key=lambda cell: cell.mean(table.goal))
         same = [cell for cell in base if cell.gpus == best.gpus]
         if same:
-            rival = max(same, key=lambda cell: cell.mean(RATE))
-            gains.append((best.mean(RATE) / rival.mean(RATE) - 1, best, rival))
+            rival = max(same, key=lambda cell: cell.mean(table.goal))
+            below = rival.mean(table.goal)
+            gains.append((best.mean(table.goal) / below - 1 if below > 0 else math.inf, best, rival))
     if not gains:
         return ["No aggregated configuration holds as many GPUs as a disaggregated one under the same load."]
     low, high = min(gains, key=lambda g: g[0]), max(gains, key=lambda g: g[0])
@@ -112,7 +115,8 @@ def _aggregated(table: Table, found: Sequence[Decision]) -> list[str]:
 
 def _gain(table: Table, gain: tuple[float, Cell, Cell]) -> str:
     share, best, rival = gain
-    return f"{100 * share:+.1f} % ({best.config.label} against {rival.config.label}, {table.load_label(best.load)})"
+    more = "any number of times" if share == math.inf else f"{100 * share:+.1f} %"
+    return f"{more} ({best.config.label} against {rival.config.label}, {table.load_label(best.load)})"
 
 
 def caveats(table: Table, found: Sequence[Decision], unmeasured: Sequence[str] = ()) -> list[str]:
@@ -154,6 +158,16 @@ def _some(names: Sequence[str]) -> str:
     return "; ".join(names[:_MOST_SENTENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _figure(table: Table, cell: Cell) -> str:
+    """Return what configurations are chosen by, of a cell, with its interval."""
+    return bounded(interval(cell, table.under(cell.load), table.goal))
+
+
+def _heads(table: Table) -> list[str]:
+    good = ["good requests/s per GPU (95 %)", "tokens/s per GPU"]
+    return good if table.goal == GOODPUT else ["tokens/s per GPU (95 %)"]
+
+
 def best_table(table: Table, found: Sequence[Decision]) -> Rows:
     """Return a row for each load: what is best there, its figures, its lead over the next."""
     rows = []
@@ -166,12 +180,13 @@ def best_table(table: Table, found: Sequence[Decision]) -> Rows:
             [
                 table.load_label(one.load),
                 verdict,
-                bounded(interval(leader, table.under(one.load))),
+                _figure(table, leader),
+                *([shown(leader.mean(RATE))] if table.goal != RATE else []),
                 *(shown(leader.mean(metric)) for metric in ("tok_s_user", "ttft_ms_p50", "itl_ms_mean")),
                 lead,
             ]
         )
-    head = ["load", "best", "tokens/s per GPU (95 %)", "tokens/s per user", "TTFT p50 (ms)", "ITL mean (ms)"]
+    head = ["load", "best", *_heads(table), "tokens/s per user", "TTFT p50 (ms)", "ITL mean (ms)"]
     head += ["lead (95 %) over the next"]
     return Rows("Best configuration by load", [(name, 1) for name in head], [], rows)
 
@@ -181,7 +196,8 @@ def trust_table(table: Table, grades: Sequence[tuple[Cell, Grade]]) -> Rows:
     rows = []
     for cell, grade in grades:
         measured = cell in table.measured
-        figure = bounded(interval(cell, table.under(cell.load))) if measured else "–"
+        figures = [_figure(table, cell) if measured else "–"]
+        figures += [shown(cell.mean(RATE)) if measured else "–"] if table.goal != RATE else []
         reasons = list(grade.why)
         if grade.letter == "X":
             reasons += dict.fromkeys(str(row.get("invalid_reasons") or "not judged") for row in cell.bad)
@@ -191,9 +207,9 @@ def trust_table(table: Table, grades: Sequence[tuple[Cell, Grade]]) -> Rows:
                 cell.config.label,
                 grade.letter,
                 f"{len(cell.rows)} of {len(cell.rows) + len(cell.bad)}",
-                figure,
+                *figures,
                 "; ".join(reasons) or "–",
             ]
         )
-    head = ["load", "configuration", "trust", "valid repeats", "tokens/s per GPU (95 %)", "why not better"]
+    head = ["load", "configuration", "trust", "valid repeats", *_heads(table), "why not better"]
     return Rows("Every cell", [(name, 1) for name in head], [], rows)

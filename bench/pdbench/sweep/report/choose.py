@@ -55,11 +55,11 @@ class Decision:
     why: str = ""
 
 
-def _spread(cells: Sequence[Cell]) -> tuple[float, int]:
+def _spread(cells: Sequence[Cell], metric: str) -> tuple[float, int]:
     """Return the standard deviation of a repeat's logarithm, pooled over the cells, and its degrees of freedom."""
     squares, df = 0.0, 0
     for cell in cells:
-        logs = [math.log(value) for value in cell.values(RATE) if value > 0]
+        logs = [math.log(value) for value in cell.values(metric) if value > 0]
         if len(logs) > 1:
             mean = sum(logs) / len(logs)
             squares += sum((value - mean) ** 2 for value in logs)
@@ -67,21 +67,22 @@ def _spread(cells: Sequence[Cell]) -> tuple[float, int]:
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
 
 
-def interval(cell: Cell, beside: Sequence[Cell]) -> Interval:
-    """Return a cell's output tokens/s per GPU; ``beside``: all cells of its load, itself among them."""
-    mean, (sd, df) = cell.mean(RATE), _spread(beside)
-    if not df:
+def interval(cell: Cell, beside: Sequence[Cell], metric: str = RATE) -> Interval:
+    """Return a cell's figure, by itself output tokens/s per GPU; ``beside``: all cells of its load, itself among them."""
+    mean, (sd, df) = cell.mean(metric), _spread(beside, metric)
+    if not df or not mean > 0:
         return Interval(mean, None, None)
-    half = student.quantile((1 - student.LEVEL) / 2, df) * sd / math.sqrt(len(cell.values(RATE)))
+    half = student.quantile((1 - student.LEVEL) / 2, df) * sd / math.sqrt(len(cell.values(metric)))
     return Interval(mean, mean * math.exp(-half), mean * math.exp(half))
 
 
 def decisions(table: Table, runs: Runs) -> list[Decision]:
     """Return a decision for every load that has a measured cell, in order."""
+    goal = table.goal
     ranked = [
-        sorted(cells, key=lambda cell: cell.mean(RATE), reverse=True) for load in table.loads if (cells := table.under(load))
+        sorted(cells, key=lambda cell: cell.mean(goal), reverse=True) for load in table.loads if (cells := table.under(load))
     ]
-    judged = [[judge(runs(cell), runs(leader), [RATE]).differences[0] for cell in others] for leader, *others in ranked]
+    judged = [[judge(runs(cell), runs(leader), [goal]).differences[0] for cell in others] for leader, *others in ranked]
     known = [found.p for row in judged for found in row if found.p is not None]
     adjusted = iter(student.holm(known))
     made = []
@@ -93,7 +94,8 @@ def decisions(table: Table, runs: Runs) -> list[Decision]:
         rivals = tuple(cell for cell, shown in zip(others, differs, strict=True) if not shown)
         first = row[0]
         ends = (None, None) if math.isnan(first.low) else (1 + first.low, 1 + first.high)
-        lead = Interval(leader.mean(RATE) / others[0].mean(RATE), *ends)
+        below = others[0].mean(goal)
+        lead = Interval(leader.mean(goal) / below, *ends) if below > 0 else Interval(math.inf, None, None)
         why = next((found.why for found in row if found.why), "")
         made.append(Decision(leader.load, "undecided" if rivals else "best", leader, rivals, others[0], lead, why))
     return made

@@ -27,7 +27,9 @@ _DEPLOYED = (*_PARTS, "gpus", "model")
 _COLUMNS = (*_PARTS, "model", *_LOADS)
 #: mean lengths that were drawn and are this close are one
 _SAME = 0.1
-RATE = "output_throughput_per_gpu"
+RATE, GOODPUT = "output_throughput_per_gpu", "goodput_per_gpu"
+#: what configurations are chosen by
+GOALS = {RATE: "output tokens/s per GPU", GOODPUT: "requests/s within the limits, per GPU"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ class Table:
         return [cell for cell in self.cells if cell.mean(RATE) > 0]
 
     @cached_property
+    def goal(self) -> str:
+        """Return what configurations are chosen by: goodput where every run had limits, else throughput."""
+        rows = [row for cell in self.measured for row in cell.rows]
+        limited = bool(rows) and all(number(row.get(GOODPUT)) for row in rows)
+        return GOODPUT if limited and any(cell.mean(GOODPUT) > 0 for cell in self.measured) else RATE
+
+    @cached_property
     def shapes(self) -> list[tuple[str, float, float, str, bool]]:
         """Return the shapes of the measured loads, in order."""
         return list(dict.fromkeys(cell.load.shape for cell in sorted(self.measured, key=lambda c: c.load.order)))
@@ -142,7 +151,7 @@ def number(value: object) -> bool:
 
 def table(rows: Sequence[Row]) -> Table:
     """Return the cells of the tidy table's rows (docs/sweeps.md has the columns)."""
-    known = [_whole(row, rows) for row in rows]
+    known: list[Row] = [{**whole, GOODPUT: _per_gpu(whole)} for whole in (_whole(row, rows) for row in rows)]
     listed = _same_lengths(row for row in known if _is_load(row))
     keys = [_key(row) for row in listed]
     labels = _labels(keys)
@@ -161,6 +170,11 @@ def table(rows: Sequence[Row]) -> Table:
 def _good(row: Row) -> bool:
     """Tell whether a row may be shown: judged valid, or another tool's, which no gate of ours has judged."""
     return row.get("valid") is True or (row.get("valid") is not False and str(row.get("source")).startswith("import:"))
+
+
+def _per_gpu(row: Row) -> float | None:
+    good, gpus = row.get("goodput"), row.get("gpus")
+    return _float(good) / _float(gpus) if number(good) and number(gpus) and gpus else None
 
 
 def _is_load(row: Row) -> bool:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from pdbench.report.draw import drawn
 from pdbench.report.look import Theme
 from pdbench.sweep.report import heat, inside, lines
+from pdbench.sweep.report.data import GOODPUT
 from pdbench.sweep.report.read import Sweep
 
 
@@ -30,6 +31,10 @@ def _no_cells(sweep: Sweep) -> str:
 def _no_loads(sweep: Sweep) -> str:
     sizes = {shape: {c.load.size for c in sweep.table.measured if c.load.shape == shape} for shape in sweep.table.shapes}
     return "" if any(len(found) > 1 for found in sizes.values()) else _no_cells(sweep) or "every shape has one load only"
+
+
+def _no_limits(sweep: Sweep) -> str:
+    return "not every run had limits for its requests" if sweep.table.goal != GOODPUT else _no_loads(sweep)
 
 
 def _no_choice(sweep: Sweep) -> str:
@@ -60,6 +65,12 @@ FIGURES: dict[str, Plot] = {
         "configurations remain. Empty: not measured.",
         heat.best_map,
         _no_choice,
+    ),
+    "goodput": Plot(
+        "Goodput per GPU against load",
+        "Requests/s that kept all limits. A line a configuration; bars are 95 % intervals over repeats, where there are repeats.",
+        lines.goodput,
+        _no_limits,
     ),
     "pareto_user": Plot(
         "Throughput per GPU against speed for each user",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -50,7 +52,8 @@ def best_map(sweep: Sweep, theme: Theme) -> Figure:
 
 def _says(found: Decision) -> str:
     if found.state == "best" and found.lead:
-        return f"{found.leader.config.label}\n+{100 * (found.lead.value - 1):.3g} %"
+        more = "others: none" if math.isinf(found.lead.value) else f"+{100 * (found.lead.value - 1):.3g} %"
+        return f"{found.leader.config.label}\n{more}"
     text = _UNDECIDED[found.state]
     names = [cell.config.label for cell in (found.leader, *found.rivals)]
     if found.state == "alone":

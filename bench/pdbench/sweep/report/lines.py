@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from pdbench.report.look import Theme
 from pdbench.sweep.report.choose import frontier, interval
-from pdbench.sweep.report.data import RATE, Cell, Config, Load, Table, number
+from pdbench.sweep.report.data import GOALS, GOODPUT, RATE, Cell, Config, Load, Table, number
 from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, load_axis, log_ticks, look, title, wide_span
 from pdbench.sweep.report.read import Sweep
 
@@ -69,6 +69,11 @@ def throughput(sweep: Sweep, theme: Theme) -> Figure:
     return _against_load(sweep.table, theme, RATE, "output tokens/s per GPU (all GPUs)", intervals=True)
 
 
+def goodput(sweep: Sweep, theme: Theme) -> Figure:
+    """Draw the requests/s that kept all limits, per GPU, against load, with intervals."""
+    return _against_load(sweep.table, theme, GOODPUT, GOALS[GOODPUT], intervals=True)
+
+
 def ttft(sweep: Sweep, theme: Theme) -> Figure:
     """Draw the median TTFT against load."""
     return _against_load(sweep.table, theme, "ttft_ms_p50", "TTFT, median (ms)")
@@ -91,7 +96,9 @@ def _against_load(table: Table, theme: Theme, metric: str, label: str, intervals
                 sizes += xs
                 heights += ys
                 style = look(table, config, theme)
-                ax.errorbar(xs, ys, yerr=_errors(table, line) if intervals else None, label=config.label, capsize=3, **style)
+                ax.errorbar(
+                    xs, ys, yerr=_errors(table, line, metric) if intervals else None, label=config.label, capsize=3, **style
+                )
         load_axis(ax, sizes)
         ax.set_title(table.shape_label(shape))
         ax.set_xlabel("requests in flight (configured)" if shape[4] else "requests sent (1/s, configured)")
@@ -102,12 +109,12 @@ def _against_load(table: Table, theme: Theme, metric: str, label: str, intervals
     return figure
 
 
-def _errors(table: Table, line: Sequence[Cell]) -> list[list[float]] | None:
+def _errors(table: Table, line: Sequence[Cell], metric: str) -> list[list[float]] | None:
     """Return how far the interval of each cell reaches below and above its figure; None where no spread is known."""
-    found = [interval(cell, table.under(cell.load)) for cell in line]
-    if any(one.low is None or one.high is None for one in found):
+    found = [interval(cell, table.under(cell.load), metric) for cell in line]
+    if any((one.low is None or one.high is None) and one.value > 0 for one in found):
         return None
-    return [[one.value - (one.low or 0.0) for one in found], [(one.high or 0.0) - one.value for one in found]]
+    return [[one.value - (one.low or 0.0) for one in found], [(one.high or one.value) - one.value for one in found]]
 
 
 def lengths(table: Table) -> list[tuple[Load, Config]]:

@@ -14,11 +14,12 @@ import pandas as pd
 
 from pdbench.compare import within
 from pdbench.compare.judge import Run
+from pdbench.compare.sides import slo_of
 from pdbench.gate.rundata import RunData, summary_points
 from pdbench.reading import json_of
 from pdbench.sweep import tidy
 from pdbench.sweep.report.choose import Decision, decisions, interval
-from pdbench.sweep.report.data import RATE, Cell, Config, Load, Row, Table, table
+from pdbench.sweep.report.data import GOODPUT, RATE, Cell, Config, Load, Row, Table, table
 from pdbench.sweep.trust import Facts, Grade, grade
 
 Json = dict[str, Any]
@@ -114,12 +115,13 @@ def _run(sweep: Sweep, row: Row) -> Run:
     """Return a row as `pdbench compare` takes it, with its requests where its run has them."""
     requests = None
     with contextlib.suppress(OSError, ValueError):
-        requests = within.read(sweep.run(row), int(row["point"]))
+        point = int(row["point"])
+        requests = within.read(sweep.run(row), point, slo_of(sweep.run(row), point))
     told = requests.asked.tobytes() if requests is not None else None
     seed = row.get("seed")
     return Run(
         int(row["repeat"]),
-        {RATE: math.nan if row[RATE] is None else float(row[RATE])},
+        {name: math.nan if row.get(name) is None else float(row[name]) for name in (RATE, GOODPUT)},
         None if seed is None else int(seed),
         told,
         requests,
@@ -133,7 +135,7 @@ def _facts(sweep: Sweep, cell: Cell) -> Facts:
         valid=len(cell.rows) if measured else 0,
         invalid=len(cell.bad),
         completed=sum(int(row.get("completed") or 0) for row in cell.rows),
-        half_width=interval(cell, sweep.table.under(cell.load)).half_width if measured else None,
+        half_width=interval(cell, sweep.table.under(cell.load), sweep.table.goal).half_width if measured else None,
         calibrated=bool(cell.rows) and all(_calibrated(sweep, row) for row in cell.rows),
         imported=any(str(row.get("source")).startswith(tidy.IMPORTED) for row in cell.rows),
         notes=tuple(notes),
