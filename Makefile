@@ -42,7 +42,7 @@ lint: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint
 
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
-REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py gate_faults.py \
+REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py verbs_tls.py gate_faults.py \
 	profile.py advise_verbs.py)
 # Sweeps rehearsed to their reports and one resumed (CI runs them, too); ratio=auto, and rebalance.yml on one machine
 SWEEPS := $(addprefix tests/local/test_,sweep_plays.py sweep_shipped.py)
