@@ -35,7 +35,8 @@ def certificate(
     usage = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"), False
     )
-    made = (
+    names = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer.subject if issuer else subject)
@@ -47,11 +48,12 @@ def certificate(
         .add_extension(
             x509.KeyUsage(digital_signature=True, key_cert_sign=signer is None, crl_sign=signer is None, **usage), critical=True
         )
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(a)) for a in addresses]), critical=False)
         .add_extension(own, critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-        .sign(issuer_key, hashes.SHA256())
     )
+    # OpenSSL's strict mode, which Python 3.13 takes, refuses one that is there and empty.
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False) if names else builder
+    made = builder.sign(issuer_key, hashes.SHA256())
     cert, key = folder / f"{name}.pem", folder / f"{name}.key"
     cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     plain = serialization.NoEncryption()

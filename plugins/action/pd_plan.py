@@ -313,6 +313,8 @@ class ActionModule(ActionBase):
 
     def _key(self, name: str, given: Any, current: dict[str, Any] | None) -> Any:
         """Return a key as a host's variables mean it; ``current``: the deployment that it must be the key of, if any."""
+        if given is None and os.environ.get(keys.ENVIRONMENT[name]) == keys.GENERATE:
+            given = keys.GENERATE
         if given != keys.GENERATE:
             return keys.resolve(name, given, os.environ, self._key_folder())
         if name not in self._generated:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import pytest
 from lab import hosts, network
-from lab.common import REPO, STATE, SWITCH, address, run
+from lab.common import REPO, STATE, SWITCH, LabError, address, run
 
 T = TypeVar("T")
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
@@ -51,7 +51,7 @@ def until(what: str, call: Callable[[], T], timeout_s: float = 60) -> T:
             if answer:
                 return answer
             last = repr(answer)
-        except OSError as error:
+        except (OSError, LabError, ValueError) as error:
             last = str(error)
         if time.monotonic() > end:
             pytest.fail(f"not within {timeout_s:.0f} s: {what} (last: {last})")
@@ -225,7 +225,7 @@ def asking() -> Iterator[Asked]:
             try:
                 complete()
                 result.good += 1
-            except OSError as error:
+            except (OSError, LabError, ValueError) as error:
                 result.lost.append(str(error))
 
     thread = threading.Thread(target=loop, daemon=True)

@@ -128,7 +128,7 @@ def beginning(folder: Path) -> float:
     def first() -> float:
         for line in journal.read_text().splitlines() if journal.exists() else []:
             row = json.loads(line)
-            if row["phase"] == "measure":
+            if row["phase"] == "measure" and row["end_s"] is not None:
                 return time.perf_counter() - float(row["end_s"])
         return 0.0
 

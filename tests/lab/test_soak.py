@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -245,6 +246,12 @@ def run_through(faults: list[Fault], start: float, seconds: float, alive: Callab
             # what was measured so far is worth its report
             print(why)
             healed = False
+            # the next module of a session deploys on these hosts
+            if fault.kind == "disk":
+                sh(fault.where[0], "umount -l /var/lib/pd", check=False)
+            elif fault.kind != "kill":
+                with contextlib.suppress(LabError):
+                    undo(fault, 0)
         end = time.perf_counter() - start
         windows.append(Window(fault, begin - SLACK_S, end + SLACK_S + SETTLE_S if healed else None))
         outcome = f"{end - begin:.1f} s" if healed else "NOT HEALED"
@@ -290,5 +297,8 @@ def test_nothing_is_lost_and_nothing_grows(pd: Controller, tmp_path: Path) -> No
     assert healed
     assert all(window.healed_s is not None for window in windows)
     assert done.account.closed, done.account
+    # A full state directory or a clock that jumps is nothing that a request depends on.
+    harmless = {"disk", "clock"}
+    assert not [row for row in done.account.failed if set(row[0].split(" and ")) <= harmless], done.account.failed
     assert {window.fault.kind for window in windows} == set(soak.KINDS) or MINUTES < 10
     assert MINUTES < WHOLE_MIN or done.leaks() == []

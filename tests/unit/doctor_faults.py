@@ -411,6 +411,13 @@ def _firewall_gone(f: Facts) -> None:
     f["reach"]["n2"][1].update(state="open", why="")
 
 
+@fault("exposure")
+def _firewall_flushed(f: Facts) -> None:
+    """The rules are gone, and no examined host is a stranger who could notice."""
+    f["plan"]["hosts"]["n1"]["firewall"] = {"spared": [], "range": [32768, 60999]}
+    f["hosts"]["n1"]["walled"] = False
+
+
 @fault("wildcard")
 def _listens_everywhere(f: Facts) -> None:
     """A worker listens on all addresses at the port of its API."""

@@ -56,9 +56,9 @@ def test_module_and_its_children_get_the_key_and_nobody_else_sees_it(tmp_path: P
     assert done.returncode == 7, done.stderr
     parent, child = json.loads(done.stdout)
     for process in (parent, child):
-        assert process["argv"] == ["--port", "1", "--api-key", KEY]
+        assert process["argv"] == ["--port", "1", f"--api-key={KEY}"]
         assert KEY not in process["cmdline"] + process["environ"]
-    assert "server_args=['--port', '1', '--api-key', '***']" in done.stderr
+    assert "server_args=['--port', '1', '--api-key=***']" in done.stderr
     assert KEY not in done.stderr
 
 
@@ -70,9 +70,22 @@ def test_two_keys_stand_behind_the_module_s_own_arguments(tmp_path: Path, key_fi
     done = launch(tmp_path, "--api-key", str(key_file), "--admin-api-key", str(other), "server", "--port", "1")
     assert done.returncode == 7, done.stderr
     for process in json.loads(done.stdout):
-        assert process["argv"] == ["--port", "1", "--api-key", KEY, "--admin-api-key", KEY + "-and-more"]
+        assert process["argv"] == ["--port", "1", f"--api-key={KEY}", f"--admin-api-key={KEY}-and-more"]
         assert KEY not in process["cmdline"] + process["environ"]
-    assert "server_args=['--port', '1', '--api-key', '***', '--admin-api-key', '***']" in done.stderr
+    assert "server_args=['--port', '1', '--api-key=***', '--admin-api-key=***']" in done.stderr
+
+
+def test_a_key_that_begins_like_a_flag_is_a_value(tmp_path: Path) -> None:
+    """One generated key in 64 does."""
+    (tmp_path / "server.py").write_text(
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('--api-key', nargs='*')\n"
+        "assert p.parse_args().api_key == ['-Abc-7']\n"
+    )
+    key = tmp_path / "odd"
+    key.touch(mode=0o600)
+    key.write_text("-Abc-7")
+    done = launch(tmp_path, "--api-key", str(key), "server")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])

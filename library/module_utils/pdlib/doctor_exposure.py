@@ -29,6 +29,11 @@ def exposure(seen: Seen) -> List[Found]:
             found.append(error(host, why, f"ansible-playbook deploy_pd.yml; nft list table inet {firewall.TABLE} there"))
         else:
             bare.setdefault(host, []).append(said)
+    for host, facts in seen.hosts.items():
+        unsaid = not any(row.host == host for row in found)
+        if seen.deployed and unsaid and firewall.wanted(seen.plan, host) and facts.get("walled") is False:
+            why = f"the table inet {firewall.TABLE} is not there, or was edited since it was loaded"
+            found.append(error(host, why, f"ansible-playbook deploy_pd.yml; nft list table inet {firewall.TABLE} there"))
     for host, listed in bare.items():
         found.append(info(host, f"ports that answer hosts which have no business there: {'; '.join(listed)}", _CLOSE))
     return found + ([ok("between hosts", f"{tried} ways that lead nowhere")] if tried and not found else [])
@@ -51,7 +56,7 @@ def wildcard(seen: Seen) -> List[Found]:
                 found.append(error(host, f"{what}, and the plan has {entry['listen']}", fix))
             elif planned:
                 found.append(info(host, f"{what}, as listen_address says", "leave listen_address out: it is address then"))
-            elif not firewall.wanted(seen.plan, host):
+            elif not firewall.polices(seen.plan, host, row["port"]):
                 found.append(info(host, f"{what}: its engine opens it so, and has no setting for it", _CLOSE))
     examined = [host for host, facts in seen.hosts.items() if seen.deployed and "wildcards" in facts]
     return found + [ok(host, "") for host in examined if not any(row.host == host for row in found)]

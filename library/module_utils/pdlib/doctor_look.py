@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
-from . import processes, rdma
+from . import firewall_host, processes, rdma
 from .doctor_facts import Json
 from .errors import UserError
 from .managers import MANAGERS, Supervisord, Systemd
@@ -85,6 +85,7 @@ def host(task: Mapping[str, Any], command: Run = run) -> Json:
         "units": units,
         "listeners": sorted({(address, port) for address, port, _ in processes.listeners()}),
         "wildcards": wildcards(task["state_dir"]),
+        "walled": firewall_host.intact(task["state_dir"]),
         "port_range": port_range(ROOT),
         "taken": taken([unit for unit in task["units"] if unit["name"] not in running]),
         "packages": {

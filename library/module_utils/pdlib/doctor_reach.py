@@ -91,13 +91,17 @@ def strangers(plan: Mapping[str, Any], clients: Sequence[str], addresses: Mappin
     it has no firewall, for that is where clients come.
     """
     found: List[Json] = []
-    hosts = list(addresses)
-    for port in firewall.ports(plan, clients):
+    hosts, every = list(addresses), list(firewall.ports(plan, clients))
+    for port in every:
         walled = firewall.wanted(plan, port.host)
         if port.last > port.first or port.host not in addresses or (port.open_to == "clients" and not walled):
             continue
         let_in, start = firewall.admitted(plan, port), hosts.index(port.host) + 1
-        others = [host for host in [*hosts[start:], *hosts[:start]] if host != port.host and host not in port.sources]
+        # A port within a range that engines take theirs from is open to who has business there.
+        welcome = {
+            source for row in every if row.host == port.host and row.first <= port.first <= row.last for source in row.sources
+        }
+        others = [host for host in [*hosts[start:], *hosts[:start]] if host != port.host and host not in welcome]
         outside = [host for host in others if not any(firewall.inside(own, let_in) for own in addresses[host])]
         row = {"to": port.host, "address": port.address, "port": port.first, "what": port.what, "stranger": True}
         found += [{"from": host, **row} for host in outside[:_STRANGERS]]

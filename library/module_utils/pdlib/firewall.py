@@ -22,6 +22,8 @@ TABLE, FILE, UNIT = "pd", "firewall.nft", "pd-firewall.service"
 MOONCAKE_PORTS = (15000, 17000)
 #: What Linux gives to those who ask for any port, where the host did not say: ZMQ, UCX, torch's rendezvous.
 RANDOM_PORTS = (32768, 60999)
+#: Where SGLang's torch rendezvous takes one from, on all addresses (0.5.23: get_free_port_below_ephemeral).
+SGLANG_PORTS = (22000, 29999)
 #: Ports that a rendezvous takes from its first on (SGLang's data-parallel attention).
 _RENDEZVOUS = 16
 _HEADER = "# Made from the plan by deploy_pd.yml; a change here is undone by the next deploy."
@@ -88,7 +90,8 @@ def _random(plan: Mapping[str, Any], host: str) -> List[Span]:
     # A deployed plan is a file, which somebody may have edited.
     said = said if len(said) == 2 and 0 < said[0] <= said[1] < 65536 else RANDOM_PORTS
     moving = str(plan.get("transfer_backend", "")).startswith("mooncake")
-    return [(said[0], said[1]), *([MOONCAKE_PORTS] if moving else [])]
+    below = plan.get("engine") == "sglang"
+    return [(said[0], said[1]), *([SGLANG_PORTS] if below else []), *([MOONCAKE_PORTS] if moving else [])]
 
 
 # -- the ruleset
@@ -134,6 +137,11 @@ def span_of(text: str) -> Span:
 def wanted(plan: Optional[Mapping[str, Any]], host: str) -> bool:
     """Whether a plan has the firewall on a host."""
     return bool(_entry(plan or {}, host).get("firewall"))
+
+
+def polices(plan: Mapping[str, Any], host: str, port: int) -> bool:
+    """Whether our firewall on a host keeps strangers out of a port."""
+    return wanted(plan, host) and any(row.host == host and row.first <= port <= row.last for row in ports(plan))
 
 
 def comes_in(plan: Mapping[str, Any], source: str, host: str, port: int) -> bool:
@@ -299,7 +307,8 @@ UMask=0077
 def unit(state_dir: str) -> str:
     """Return the systemd service that loads the ruleset when the host starts, before it has a network.
 
-    nftables.service flushes every table when it is started or reloaded: ours is loaded after it, each time.
+    nftables.service flushes every table: when it is restarted or reloaded, ours is loaded after it. One that was not running
+    and is started by itself takes ours along until the next deploy (doctor.yml says so).
     """
     path = f"{state_dir}/{FILE}".replace("%", "%%")
     return f"""{_HEADER}

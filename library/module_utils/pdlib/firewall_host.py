@@ -49,6 +49,13 @@ def _text(path: Path) -> str:
         return ""
 
 
+def intact(state_dir: str) -> bool:
+    """Whether the table is as it was when it was loaded."""
+    nft = find_nft()
+    table = _table(nft) if nft else ""
+    return bool(table) and table == _text(Path(state_dir) / _LOADED)
+
+
 def owner() -> str:
     """Return the state directory of the deployment that has a firewall on this host, "" where none has."""
     match = re.search(rf'^ExecStart=nft -f "(.*)/{re.escape(firewall.FILE)}"$', _text(Systemd.UNITS / firewall.UNIT), re.M)

@@ -130,6 +130,8 @@ class Reconciler:
 
     def _write_files(self) -> None:
         if not self.units:
+            if not self.check:
+                self._remove_private()
             return
         reload = isinstance(self.manager, Supervisord) and not self.manager.status()
         files = self.manager.files(list(self.units.values()))
@@ -194,6 +196,9 @@ class Reconciler:
                 self._change(f"wrote {name}")
             if self.user:
                 accounts.own(self.home / name, self.user)
+        self._remove_private()
+
+    def _remove_private(self) -> None:
         for key, file in keys.FILES.items():
             if key not in self.secrets and (self.home / file).exists():
                 (self.home / file).unlink()

@@ -2,7 +2,7 @@
 
     python with_api_key.py --FLAG KEYFILE [--FLAG KEYFILE ...] MODULE [ARGS...]
 
-is `python -m MODULE ARGS... --FLAG <what KEYFILE holds> ...`, but flags and keys are added inside this process: they
+is `python -m MODULE ARGS... --FLAG=<what KEYFILE holds> ...`, but flags and keys are added inside this process: they
 are neither in /proc/<pid>/cmdline nor in /proc/<pid>/environ, and what this process logs through `logging` shows *** in
 a key's place (SGLang logs all its arguments at the start).
 
@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
         print(f"with_api_key: {sys.executable} has no module {module}", file=sys.stderr)
         return 2
     hide_in_logs([key for _, key in keys])
-    sys.argv = [module, *arguments, *(word for pair in keys for word in pair)]
+    # One word each: argparse takes a key that begins with "-" for a flag.
+    sys.argv = [module, *arguments, *(f"{flag}={key}" for flag, key in keys)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 
