@@ -14,6 +14,7 @@ from unit.runfolder import KV_BYTES, Run, good
 
 from pdbench.attribution import attribute
 from pdbench.evidence import write_metrics
+from pdbench.gate import calibrated as calibrated_check
 from pdbench.records import Record
 
 Json = dict[str, Any]
@@ -125,7 +126,7 @@ def sweep(
             valid = (cell, repeat) not in invalid
             checks = [
                 *(
-                    {"id": "calibrated", "ok": True, "point": point, "message": "good", "evidence": {"selfcheck": {}}}
+                    {"id": calibrated_check.ID, "ok": True, "point": point, "message": "good", "evidence": {"selfcheck": {}}}
                     for point in range(len(run.asked) if calibrated else 0)
                 ),
                 {"id": "kv", "ok": valid, "point": None, "message": "the KV cache did not move", "evidence": {}},

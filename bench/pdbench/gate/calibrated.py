@@ -8,7 +8,7 @@ from pdbench.gate.check import Check
 from pdbench.gate.rundata import SELFCHECK, Json, Point, RunData
 from pdbench.metrics import output_tokens, stats, tpot_s, ttft_s
 
-_ID = "client-calibrated"
+ID = "client-calibrated"
 #: The client's error may be this share of a mean TTFT, a p99 TTFT or a mean TPOT: two configurations that differ by less are
 #: rarely told apart. (Its error in p99 may also be as large as the loop lag that the run was allowed.)
 MOST_SHARE = 0.1
@@ -24,16 +24,16 @@ def calibrated(run: RunData, point: Point) -> Check:
     if not found:
         if run.manifest.get("bench_selfcheck") is True:
             message = f"the client was to be calibrated before the load, and {SELFCHECK} is missing (run.log says why)"
-            return Check(_ID, False, point.index, message, {})
+            return Check(ID, False, point.index, message, {})
         message = "the client was not calibrated on its host before the load (bench_selfcheck)"
-        return Check(_ID, True, point.index, message, {"caution": message})
+        return Check(ID, True, point.index, message, {"caution": message})
     if found.get("error"):
-        return Check(_ID, False, point.index, f"the client could not be calibrated: {found['error']}", found)
+        return Check(ID, False, point.index, f"the client could not be calibrated: {found['error']}", found)
     try:
         return _judged(run, point, found)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as why:
         message = f"{SELFCHECK} is not as `pdbench selfcheck` writes it: {type(why).__name__} {why}"
-        return Check(_ID, False, point.index, message, {})
+        return Check(ID, False, point.index, message, {})
 
 
 def _judged(run: RunData, point: Point, found: Json) -> Check:
@@ -45,7 +45,7 @@ def _judged(run: RunData, point: Point, found: Json) -> Check:
     }
     if entry["reasons"]:
         message = f"with {flying} requests in flight {'; '.join(entry['reasons'])}"
-        return Check(_ID, False, point.index, message, evidence)
+        return Check(ID, False, point.index, message, evidence)
     ttft, p99, itl = (
         abs(v or 0.0) for v in (*(entry["ttft_wrong_by"][k] for k in ("mean", "p99")), entry["itl_wrong_by"]["mean"])
     )
@@ -63,7 +63,7 @@ def _judged(run: RunData, point: Point, found: Json) -> Check:
         if wrong > most
     ]
     if faults:
-        return Check(_ID, False, point.index, f"the client is too slow for this: {' and '.join(faults)}", evidence)
+        return Check(ID, False, point.index, f"the client is too slow for this: {' and '.join(faults)}", evidence)
     rate, most_rate = _rate(point), entry["most_tokens_per_s"]
     cautions = []
     if ttft > WORTH_A_WORD * mean:
@@ -76,7 +76,7 @@ def _judged(run: RunData, point: Point, found: Json) -> Check:
         f"grade {entry['grade']}: with {flying} requests in flight the client's TTFT is wrong by {ttft:.1f} ms (p99 {p99:.1f}), "
         f"its ITL by {itl:.2f} ms"
     )
-    return Check(_ID, True, point.index, message, evidence)
+    return Check(ID, True, point.index, message, evidence)
 
 
 def _nearest(entries: list[Json], concurrency: object) -> Json:

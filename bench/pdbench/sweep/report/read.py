@@ -15,6 +15,7 @@ import pandas as pd
 from pdbench.compare import within
 from pdbench.compare.judge import Run
 from pdbench.compare.sides import slo_of
+from pdbench.gate import calibrated
 from pdbench.gate.rundata import RunData, summary_points
 from pdbench.reading import json_of
 from pdbench.sweep import tidy
@@ -23,7 +24,7 @@ from pdbench.sweep.report.data import GOODPUT, RATE, Cell, Config, Load, Row, Ta
 from pdbench.sweep.trust import Facts, Grade, grade
 
 Json = dict[str, Any]
-_CALIBRATED = "calibrated"
+
 _NO_FIGURE = "no output tokens/s per GPU is known (imported without its number of GPUs?)"
 
 
@@ -145,7 +146,7 @@ def _facts(sweep: Sweep, cell: Cell) -> Facts:
 def _calibrated(sweep: Sweep, row: Row) -> bool:
     """Tell whether the run's load generator was found good beside a server of known timing (the gate's check says)."""
     checks = read_json(sweep.run(row) / "validity.json").get("checks") or []
-    mine = [check for check in checks if check.get("id") == _CALIBRATED and check.get("point") in (None, row.get("point"))]
+    mine = [check for check in checks if check.get("id") == calibrated.ID and check.get("point") in (None, row.get("point"))]
     return bool(mine) and all(check.get("ok") and "selfcheck" in (check.get("evidence") or {}) for check in mine)
 
 
