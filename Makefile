@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-ratio | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-rdma | test-first-contact | soak | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-ratio | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-lab-firewall | test-rdma | test-first-contact | soak | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WHEELS := $(if $(wildcard .wheels),--no-index --find-links .wheels)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes $(WHEELS)
 
-.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-ratio test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-rdma test-first-contact soak bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
+.PHONY: setup setup-dev demo test fuzz audit test-real test-sweeps test-ratio test-kv test-faults test-rebalance test-vllm test-lab test-lab-real test-lab-rebalance test-lab-firewall test-rdma test-first-contact soak bench-deploy bench-client lab-deps lab-up lab-status lab-down tiny-model bundle lint lock flags docs clean
 
 setup: $(VENV)/.controller
 
@@ -103,7 +103,7 @@ LAB := PYTHONPATH=tests $(BIN)/python -m lab
 
 test-lab: setup-dev lab-deps
 	$(BIN)/pytest tests/lab -o timeout=900 --ignore tests/lab/test_real_engine.py --ignore tests/lab/test_rdma_vm.py \
-	 --ignore tests/lab/test_rebalance.py --ignore tests/lab/test_soak.py
+	 --ignore tests/lab/test_rebalance.py --ignore tests/lab/test_soak.py --ignore tests/lab/test_firewall.py
 
 # RDMA facts, and the bytes of NIXL and Mooncake, over SoftRoCE in a VM emulated in software: minutes; the first run makes the VM, some minutes more
 test-rdma: setup-dev
@@ -118,6 +118,10 @@ test-first-contact: setup-dev lab-deps
 # Real SGLang on CPU on two of these hosts, KV over the bridge; it takes its engine from `make test-real`
 test-lab-real: setup-dev lab-deps
 	$(BIN)/pytest tests/lab/test_real_engine.py -o timeout=900
+
+# firewall: true on these hosts: who is let in, who is not, after a reboot, through a change of ratio; six minutes
+test-lab-firewall: setup-dev lab-deps
+	$(BIN)/pytest tests/lab/test_firewall.py -o timeout=900
 
 # Ten changes of ratio and 10,000 requests and more, by restart and in place: a quarter of an hour, docs/results/rebalance.md
 test-lab-rebalance: setup-dev lab-deps
