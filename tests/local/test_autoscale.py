@@ -100,7 +100,7 @@ def test_the_ratio_follows_a_load_that_turns(deployed: Checkout, tmp_path: Path)
             becomes(deployed, ["decode", "prefill", "prefill"])
         with loaded(deployed, tmp_path / "answers", *ANSWERS):
             becomes(deployed, ["decode", "decode", "prefill"])
-        scaler.send_signal(signal.SIGINT)
+        scaler.send_signal(signal.SIGTERM)
         said, _ = scaler.communicate(timeout=90)
     finally:
         scaler.kill()

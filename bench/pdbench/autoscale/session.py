@@ -37,7 +37,8 @@ class Session:
         self.until = time.time() + args.seconds if args.seconds else None
         self.rest_until: float | None = None
         self.shown = 0
-        self.log.touch()
+        begin = {"at": round(time.time(), 1), "kind": "begin", "schema": 1, "rule": asdict(rule), "every_s": args.every}
+        self._note({**begin, "dry_run": args.dry_run})
 
     def watch(self) -> str:
         """Return the ratio to change to, "" once the time is over; raise UserError when nothing can be watched."""
@@ -86,15 +87,18 @@ class Session:
                 raise
         took = time.time() - begun
         done = not play.rc
-        with open(self.log, "a", encoding="utf-8") as file:
-            entry = {"at": round(begun, 1), "kind": "change", "ratio": before, "to": ratio, "took_s": round(took, 1), "ok": done}
-            file.write(json.dumps({**entry, "why": play.why}) + "\n")
+        entry = {"at": round(begun, 1), "kind": "change", "ratio": before, "to": ratio, "took_s": round(took, 1), "ok": done}
+        self._note({**entry, "why": play.why})
         self.tell()
         # What a change costs: a load that does not last as long as it took was not worth it.
         self.rest_until = time.time() + max(self.rule.rest_s, took)
         if stop is not None:
             raise stop
         return done
+
+    def _note(self, entry: Json) -> None:
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> list[Json]:
         """Return the log so far."""
@@ -104,7 +108,8 @@ class Session:
         """Print what came to the log since."""
         found = self.entries()
         for entry in found[self.shown :]:
-            print(said(entry, self.args.dry_run), flush=True)
+            if entry["kind"] != "begin":
+                print(said(entry, self.args.dry_run), flush=True)
         self.shown = len(found)
 
 
