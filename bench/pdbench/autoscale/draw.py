@@ -15,6 +15,7 @@ from pdlib import ratio as ratios
 
 Json = dict[str, Any]
 _COLOURS = {"prefill": BLUE, "decode": ORANGE}
+_UNKNOWN = (float("nan"), float("nan"))
 
 
 def picture(entries: Sequence[Json]) -> bytes:
@@ -24,13 +25,11 @@ def picture(entries: Sequence[Json]) -> bytes:
 
     def build() -> Figure:
         figure, (top, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(2, 1))
-        windows = [entry for entry in entries if entry["kind"] == "window"]
-        minutes = [(entry["at"] - start) / 60 for entry in windows]
+        points = [_point(entry, start) for entry in entries if entry["kind"] != "begin"]
+        minutes = [at for at, _, _ in points]
         for place, (role, colour) in enumerate(_COLOURS.items()):
-            pressed = [entry["pressures"][place] if entry.get("pressures") else float("nan") for entry in windows]
-            top.plot(minutes, pressed, color=colour, marker=".", label=role)
-            workers = [getattr(ratios.parse(entry["ratio"]), role) for entry in windows]
-            below.step(minutes, workers, where="post", color=colour)
+            top.plot(minutes, [pressed[place] for _, pressed, _ in points], color=colour, marker=".", label=role)
+            below.step(minutes, [getattr(ratios.parse(ratio), role) for _, _, ratio in points], where="post", color=colour)
         top.axhline(1, color=LIGHT.faint, linewidth=0.9)
         top.set_ylabel("pressure")
         top.set_ylim(bottom=0)
@@ -44,6 +43,13 @@ def picture(entries: Sequence[Json]) -> bytes:
         return figure
 
     return drawn(build, LIGHT, "", note, "png")[0]
+
+
+def _point(entry: Json, start: float) -> tuple[float, Sequence[float], str]:
+    """Return when (minutes), the pressures (NaN where nothing was judged), and the ratio from then on."""
+    if entry["kind"] == "change":
+        return (entry["at"] + entry["took_s"] - start) / 60, _UNKNOWN, entry["to"] if entry["ok"] else entry["ratio"]
+    return (entry["at"] - start) / 60, entry.get("pressures") or _UNKNOWN, entry["ratio"]
 
 
 def _changes(ax: Axes, entries: Sequence[Json], start: float) -> None:
