@@ -34,7 +34,6 @@ figures:
 silent: {description: By worker why it says nothing., returned: always, type: dict, sample: {decode-1: Connection refused}}
 """
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -51,15 +50,9 @@ def look(url: str, key: Optional[str], timeout_s: float) -> Tuple[Optional[autos
     status, page = ask.request("GET", f"{url}/metrics", key, timeout_s=timeout_s)
     if status != 200:
         return None, f"HTTP {status}" if status else page
-    # vLLM has no such page; how many requests run at most is then not known.
     status, loads = ask.request("GET", f"{url}/v1/loads?include=core", key, timeout_s=timeout_s)
-    most = None
-    if status == 200:
-        try:
-            most = sum(int(load["max_running_requests"]) for load in json.loads(loads)["loads"])
-        except (ValueError, KeyError, TypeError):
-            most = None
-    found = autoscale.read(page, most)
+    # vLLM has no such page: how many requests run at most is then not known.
+    found = autoscale.read(page, autoscale.most_running(loads) if status == 200 else None)
     return found, "" if found else "its /metrics counts no requests (is --enable-metrics set?)"
 
 

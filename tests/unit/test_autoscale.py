@@ -63,6 +63,17 @@ def test_another_page_is_no_figure(page: str) -> None:
     assert read(page) is None
 
 
+@pytest.mark.parametrize(
+    "page", ["", "[]", "{}", '{"loads": 3}', '{"loads": [{}]}', '{"loads": [{"max_running_requests": "x"}]}', "[" * 9999]
+)
+def test_loads_that_say_nothing(page: str) -> None:
+    assert autoscale.most_running(page) is None
+
+
+def test_ranks_of_a_worker_run_their_requests_side_by_side() -> None:
+    assert autoscale.most_running('{"loads": [{"max_running_requests": 16}, {"max_running_requests": 16}]}') == 32
+
+
 @given(st.text())
 def test_no_page_is_too_odd(page: str) -> None:
     read(page)

@@ -6,6 +6,7 @@ done: `pdbench autoscale` from workers' metrics (`read`, `observed`), the study 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -160,6 +161,14 @@ def read(page: str, most_running: Optional[int] = None) -> Optional[Figures]:
         **{figure: flat[figure] for figure in ("queue_s", "queued", "gap_s", "gaps", "waiting", "prealloc")},
         full=max([running, *given["usage"]]),
     )
+
+
+def most_running(loads: str) -> Optional[int]:
+    """Return how many requests a worker runs at most over all its ranks, as its ``/v1/loads`` says; None where it does not."""
+    try:
+        return sum(int(load["max_running_requests"]) for load in json.loads(loads)["loads"]) or None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles: Mapping[str, str], window_s: float) -> Observed:
