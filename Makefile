@@ -44,8 +44,8 @@ lint: setup-dev
 # Local tests that `make test-real` runs, so that `make test` stays under ten minutes on two cores
 REAL_TOO := $(addprefix tests/local/test_,other_routers.py weights.py verbs_doctor.py verbs_modes.py verbs_tls.py gate_faults.py \
 	profile.py advise_verbs.py)
-# Sweeps rehearsed to their reports and one resumed (CI runs them, too); ratio=auto, and rebalance.yml on one machine
-SWEEPS := $(addprefix tests/local/test_,sweep_plays.py sweep_shipped.py)
+# Sweeps rehearsed to their reports and one resumed, a ratio that follows its load (CI runs them, too); ratio=auto, and rebalance.yml
+SWEEPS := $(addprefix tests/local/test_,sweep_plays.py sweep_shipped.py autoscale.py)
 RATIOS := $(addprefix tests/local/test_,auto.py verbs_rebalance.py)
 
 # Both at once: the linters take one core, and half of the tests wait for other programs
@@ -74,7 +74,7 @@ test-real: setup-dev tiny-model
 	 tests=0; $(BIN)/pytest tests/real -o timeout=900 || tests=$$?; \
 	 others=0; wait $$too || others=$$?; cat .pd/real-too.log; exit $$((tests + others))
 
-# Three shipped sweeps rehearsed on the emulated engine to their reports, and one killed in a cell and resumed: six minutes
+# Three shipped sweeps rehearsed on the emulated engine to their reports, one killed in a cell and resumed, pdbench autoscale: six minutes
 test-sweeps: setup-dev
 	$(BIN)/pytest -n 2 --dist load $(SWEEPS) -o timeout=1800
 

@@ -11,7 +11,7 @@ description:
     Contacts no host. Plays register the result as C(__pd_planned) and take C(pd_plan), C(pd_hosts), ... from it through
     the role C(pd).
 options:
-  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, rebalance, plan, doctor, teardown], required: true}
+  verb: {description: The command that the plan is for., type: str, choices: [deploy, bench, profile, rebalance, plan, doctor, teardown, watch], required: true}
   discovered:
     description: Compare with what the hosts have, and start from the plan that the router's host holds (both as role preflight found them).
     type: bool
@@ -90,7 +90,7 @@ def main() -> None:
         argument_spec={
             "verb": {
                 "type": "str",
-                "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown"],
+                "choices": ["deploy", "bench", "profile", "rebalance", "plan", "doctor", "teardown", "watch"],
                 "required": True,
             },
             "discovered": {"type": "bool", "default": False},

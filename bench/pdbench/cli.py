@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "gate": ("pdbench.gate", "run", "decide whether a run is to be believed (validity.json)"),
     "search": ("pdbench.search.cli", "run", "the highest rate at which requests still meet their limits"),
     "advise": ("pdbench.advise.cli", "report", "which ratio to deploy, by simulation; how wrong such predictions were"),
+    "autoscale": ("pdbench.autoscale.cli", "report", "change the ratio while clients are served, when queues say so"),
     "compare": ("pdbench.compare.cli", "report", "whether two configurations differ, by how much, and how sure that is"),
     "import": (
         "pdbench.importing.cli",
@@ -50,6 +51,7 @@ FIRST: dict[str, str] = {
     "search": "goodput --output results/search -- --url http://ROUTER:8000 --model NAME --isl 512 --osl 128 --num-requests 300 "
     "--slo-ttft-ms 500",
     "advise": "-i inventory/h200x8 --profile h200-gpt-oss-120b --isl 2048 --osl 256 --concurrency 64",
+    "autoscale": "-i inventory/local --slo-ttft-ms 500 --slo-tpot-ms 50 --dry-run",
     "compare": "results/RUN_A results/RUN_B",
     "import": "bench.jsonl --output results/old --ratio 3p1d --gpus 8",
     "export": "results/latest --format sglang --output run.jsonl",

@@ -114,11 +114,11 @@ class ActionModule(ActionBase):
             limit=frozenset(self._limited(task_vars)) if limit and verb != "doctor" else None,
             current=current,
             discovered=found,
-            tls_ca="" if verb in ("doctor", "teardown") else self._trusted(cluster, None),
+            tls_ca="" if verb in ("doctor", "teardown", "watch") else self._trusted(cluster, None),
             overrides={**inherited, **{k: v for k, v in extra.items() if self._is_override(k, v)}},
         )
         facts: dict[str, Any] = {"pd_plan": {}, "pd_hosts": self._host_facts(by_host), "pd_owner": self._owner(verb, cluster)}
-        if verb != "teardown":
+        if verb not in ("teardown", "watch"):
             planner = plan.Planner(inputs)
             if verb == "doctor":
                 facts |= self._examined(planner, ours)

@@ -12,6 +12,8 @@ from local.conftest import REPO
 from real import helpers
 from real.deployment import ADMIN_KEY, KEY, Real, deployed, extra
 
+from pdlib import autoscale
+
 OUTPUT_TOKENS = 16
 LENGTHS = (5, 17, 64, 128, 200, 333, 500, 700, 1000, 1500)
 
@@ -61,6 +63,32 @@ def test_every_prompt_s_kv_cache_is_moved_once(real: Real) -> None:
     mebibytes = sum(LENGTHS) * helpers.KV_BYTES_PER_TOKEN / 2**20
     assert moved("prefill", "kv_transfer_total_mb_sum") == pytest.approx(mebibytes, rel=1e-6)
     assert moved("decode", "num_transfer_failed_reqs_total") == moved("prefill", "num_bootstrap_failed_reqs_total") == 0
+
+
+def test_what_autoscale_looks_at_is_what_the_engine_says(real: Real) -> None:
+    workers = {worker["name"]: worker for worker in real.plan()["workers"]}
+    roles = {name: str(worker["role"]) for name, worker in workers.items()}
+
+    def look() -> dict[str, autoscale.Figures]:
+        found = {}
+        for name, worker in workers.items():
+            most = autoscale.most_running(helpers.get(worker["url"] + "/v1/loads?include=core", KEY))
+            assert most
+            read = autoscale.read(helpers.get(worker["url"] + "/metrics", KEY), most)
+            assert read is not None
+            found[name] = read
+        return found
+
+    before = look()
+    real.greedy(helpers.prompts(LENGTHS, seed=3), OUTPUT_TOKENS)
+    after = look()
+    assert after["prefill-0"].queued - before["prefill-0"].queued == len(LENGTHS)
+    assert after["decode-0"].queued - before["decode-0"].queued == len(LENGTHS)
+    seen = autoscale.observed(before, after, roles, 10)
+    assert (seen.prefill, seen.decode) == (1, 1)
+    assert 0 < seen.prefill_wait_s < 60
+    assert 0 < seen.itl_s < 10
+    assert 0 <= seen.decode_full < 1
 
 
 def test_an_answer_depends_on_the_start_of_its_prompt(real: Real, answers: list[list[int]]) -> None:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdbench.advise import study
-from pdbench.advise.controller import Controller, Move, Observed, Rule, pressures, wish
 from pdbench.advise.elastic import Elastic, Fixed, Queueing, Schedule
 from pdbench.advise.study_words import gain, highest, words
 from pdbench.advise.workloads import HOURS, Day, Trace, gpu_seconds, windows
@@ -23,6 +22,7 @@ from pdbench.model import profile
 from pdbench.model.cluster import Prompt, Simulation, deployment
 from pdbench.model.rates import Rates
 from pdbench.model.scheduler import Limits, Worker
+from pdlib.autoscale import Controller, Move, Observed, Rule, pressures, wish
 
 TINY = profile.load("tiny")
 RULE = Rule(ttft_s=1.0, itl_s=0.05, patience=2, rest_s=30)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from pdbench.run import wire
@@ -31,11 +29,11 @@ class Clocks:
 
 
 @pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
     made = Clocks({})
     monkeypatch.setattr(wire, "perf_counter", made.perf_counter)
-    monkeypatch.setattr(wire.time, "time", made.time)
-    yield made
+    monkeypatch.setattr("pdbench.run.wire.time.time", made.time)
+    return made
 
 
 @pytest.mark.parametrize("at", [0, 1])

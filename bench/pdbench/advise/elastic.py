@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pdbench.advise.controller import Controller, Move, Observed
 from pdbench.advise.layout import Spot, rates_of
 from pdbench.advise.simulate import Watch
 from pdbench.model.cluster import Deployment, Outcome, Prompt, Role, Simulation
 from pdbench.model.profile import Profile
 from pdbench.model.scheduler import Worker
+from pdbench.sweep import checkout as checkout  # pdlib comes from there
+from pdlib.autoscale import Controller, Move, Observed
 
 #: the driver looks this often whether a worker has drained, in s
 LOOK_S = 1.0
@@ -44,7 +45,7 @@ class Fixed:
 
 
 class Queueing(Controller):
-    """The rule of `pdbench.advise.controller`, asked every ten seconds."""
+    """The rule of `pdlib.autoscale`, asked every ten seconds."""
 
     every_s = 10.0
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pdbench.advise.controller import Rule
 from pdbench.advise.elastic import Elastic, Fixed, Policy, Queueing, Schedule
 from pdbench.advise.layout import alike, build
 from pdbench.advise.pool import pool
@@ -34,6 +33,7 @@ from pdbench.model.profile import Profile, ProfileError
 from pdbench.model.rates import Rates
 from pdbench.records import write_json
 from pdbench.run.load_options import Parser, above_zero, at_least, numbers
+from pdlib.autoscale import Rule
 
 #: what a drain takes on top of the restart, as the oracle reckons, in s
 DRAIN_S = 10.0

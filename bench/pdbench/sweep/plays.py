@@ -35,7 +35,7 @@ _TICK_S = 0.25
 class Play:
     """One command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words.
 
-    ``skip``: tags of tasks that are left out.
+    ``skip``: tags of tasks that are left out; ``env``: of the play, beside this process's.
     """
 
     playbook: str
@@ -48,6 +48,7 @@ class Play:
     why: str = ""
     line: str = ""
     skip: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> threading.Thread:
@@ -81,7 +82,7 @@ class Play:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
                     limit=self.limit, cmdline=" ".join([f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip)]),
-                    quiet=True, suppress_env_files=True, envvars=_environment(),
+                    quiet=True, suppress_env_files=True, envvars={**_environment(), **self.env},
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)

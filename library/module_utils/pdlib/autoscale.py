@@ -1,0 +1,250 @@
+"""When to change the ratio while serving: a pure rule on what workers say of their queues.
+
+Whoever drives it measures an `Observed` every few seconds, carries out what the `Controller` says, and tells it when that is
+done: `pdbench autoscale` from workers' metrics (`read`, `observed`), the study of docs/results/dynamic-ratio.md in simulation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
+
+from .errors import UserError
+from .ratio import Ratio
+
+Json = Dict[str, Any]
+#: which role gets a worker that the other one gives
+Move = Literal["prefill", "decode"]
+_SAMPLE = re.compile(r"^([a-z_]+:[a-zA-Z0-9_]+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.M)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One window. ``prefill``, ``decode``: workers that take requests.
+
+    ``prefill_wait_s``: how long prompts wait for prefill; ``decode_wait_s``: for memory or a place on a decode worker;
+    ``itl_s``: mean gap between tokens; ``decode_full``: the share of what decode workers have at most (KV memory, running
+    requests, front-end process), the fullest counts.
+    """
+
+    prefill: int
+    decode: int
+    prefill_wait_s: float
+    decode_wait_s: float
+    itl_s: float
+    decode_full: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Limits and patience.
+
+    ``ttft_s``, ``itl_s``: what users are promised. A role is pressed when its pressure (1: the promise is just kept) is above
+    ``high``, and can give a worker when its pressure, raised to what the others would then have, is below ``low``. Both must
+    hold in ``patience`` windows in a row, and ``rest_s`` must have passed since the change before was done.
+    """
+
+    ttft_s: float
+    itl_s: float
+    high: float = 0.5
+    low: float = 0.7
+    patience: int = 2
+    rest_s: float = 30.0
+    #: more of what a decode worker has than this is as good as all
+    full: float = 0.9
+
+
+@dataclass
+class Controller:
+    """The rule's memory: what it has seen in a row, and when the last change was done (in s on the driver's clock)."""
+
+    rule: Rule
+    wanted: Optional[Move] = None
+    seen: int = 0
+    changed_at: float = field(default=-float("inf"))
+    changing: bool = False
+
+    def decide(self, now: float, observed: Observed) -> Optional[Move]:
+        """Return which role should get a worker now, or None. After a move it waits for `done`."""
+        wanted = wish(self.rule, observed)
+        self.seen = self.seen + 1 if wanted == self.wanted else 1
+        self.wanted = wanted
+        if wanted is None or self.changing or self.seen < self.rule.patience or now - self.changed_at < self.rule.rest_s:
+            return None
+        self.changing, self.seen = True, 0
+        return wanted
+
+    def done(self, now: float) -> None:
+        """Hear that the worker serves in its new role (or that the change failed)."""
+        self.changing, self.changed_at = False, now
+
+
+def pressures(rule: Rule, observed: Observed) -> Tuple[float, float]:
+    """Return the pressure on prefill and on decode; 1: the promise is just kept."""
+    prefill = observed.prefill_wait_s / rule.ttft_s
+    decode = max(observed.itl_s / rule.itl_s, observed.decode_wait_s / rule.ttft_s, observed.decode_full / rule.full)
+    return prefill, decode
+
+
+def wish(rule: Rule, observed: Observed) -> Optional[Move]:
+    """Return which role should get a worker of the other, by this window alone; None when neither should.
+
+    What a role would have without one worker: the same load on fewer. Decode's pressure grows by n / (n - 1), its latency by
+    less, as steps have a fixed part: so it errs towards staying. A queue in front of prefill has no such law: to give a worker,
+    it must be all but empty.
+    """
+    prefill, decode = pressures(rule, observed)
+    if prefill > rule.high and observed.decode > 1 and decode * observed.decode / (observed.decode - 1) < rule.low:
+        return "prefill"
+    if decode > 1.0 and observed.prefill > 1 and prefill * observed.prefill / (observed.prefill - 1) < rule.low * rule.high:
+        return "decode"
+    return None
+
+
+# -- from metrics pages to what the rule takes
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a worker says at one moment.
+
+    Counters since its start: ``queued`` requests that waited ``queue_s`` in all before their first forward pass (prefill) or
+    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all. Gauges: requests that are ``waiting`` for that, or for
+    memory of the KV cache (``prealloc``); ``full``: the share of what it has at most (memory, running requests) that is in use.
+    """
+
+    queue_s: float
+    queued: float
+    gap_s: float
+    gaps: float
+    waiting: float
+    prealloc: float
+    full: float
+
+
+#: by figure the samples that hold it, the first that is shown counts; SGLang 0.5.23 srt/observability/metrics_collector.py, vLLM
+#: 0.33 vllm/v1/metrics/loggers.py
+_NAMES: Mapping[str, Sequence[str]] = {
+    "queue_s": ("sglang:queue_time_seconds_sum", "vllm:request_queue_time_seconds_sum"),
+    "queued": ("sglang:queue_time_seconds_count", "vllm:request_queue_time_seconds_count"),
+    "gap_s": ("sglang:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_sum"),
+    "gaps": ("sglang:inter_token_latency_seconds_count", "vllm:inter_token_latency_seconds_count"),
+    "waiting": ("sglang:num_queue_reqs", "vllm:num_requests_waiting"),
+    "prealloc": ("sglang:num_decode_prealloc_queue_reqs",),
+    "running": ("sglang:num_running_reqs", "vllm:num_requests_running"),
+    "usage": ("sglang:token_usage", "vllm:kv_cache_usage_perc"),
+}
+
+
+def read(page: str, most_running: Optional[int] = None) -> Optional[Figures]:
+    """Return what a worker's metrics page says, summed over data-parallel ranks (of usage: the fullest); None for another page.
+
+    ``most_running``: how many requests run at most, None where that is not known.
+    """
+    found: Dict[str, List[float]] = {}
+    for name, value in _SAMPLE.findall(page):
+        try:
+            found.setdefault(name, []).append(float(value))
+        except ValueError:
+            continue
+    given = {figure: next((found[name] for name in names if name in found), []) for figure, names in _NAMES.items()}
+    if not given["running"]:
+        return None
+    flat = {figure: sum(values) for figure, values in given.items()}
+    running = flat["running"] / most_running if most_running else 0.0
+    if not all(math.isfinite(value) for value in flat.values()):
+        return None
+    return Figures(
+        **{figure: flat[figure] for figure in ("queue_s", "queued", "gap_s", "gaps", "waiting", "prealloc")},
+        full=max([running, *given["usage"]]),
+    )
+
+
+def most_running(loads: str) -> Optional[int]:
+    """Return how many requests a worker runs at most over all its ranks, as its ``/v1/loads`` says; None where it does not."""
+    try:
+        return sum(int(load["max_running_requests"]) for load in json.loads(loads)["loads"]) or None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles: Mapping[str, str], window_s: float) -> Observed:
+    """Return a window of ``window_s`` seconds between two looks at the workers (by name; ``roles``: their role).
+
+    A counter that fell is that of a process which began anew in the window: all that it counts is of the window. Waits follow
+    from requests that went on in it (their mean), and by Little's law from those that still wait: the larger of the two.
+    """
+    grown = {name: _grown(before.get(name), after[name]) for name in roles}
+    prefill, decode = ([name for name, role in roles.items() if role == wanted] for wanted in ("prefill", "decode"))
+
+    def total(names: Sequence[str], figure: str) -> float:
+        return sum(grown[name][figure] for name in names)
+
+    started, joined, gaps = total(prefill, "queued"), total(decode, "queued"), total(decode, "gaps")
+    still = sum(after[name].waiting for name in prefill)
+    memory = sum(after[name].prealloc for name in decode)
+    return Observed(
+        prefill=len(prefill),
+        decode=len(decode),
+        prefill_wait_s=max(total(prefill, "queue_s") / started if started else 0.0, still / max(started, 1.0) * window_s),
+        decode_wait_s=memory / max(joined, 1.0) * window_s,
+        itl_s=total(decode, "gap_s") / gaps if gaps else 0.0,
+        decode_full=max((after[name].full for name in decode), default=0.0),
+    )
+
+
+def _grown(before: Optional[Figures], after: Figures) -> Dict[str, float]:
+    own = asdict(after)
+    since = asdict(before) if before and before.queued <= after.queued and before.gaps <= after.gaps else dict.fromkeys(own, 0.0)
+    return {figure: own[figure] - since[figure] for figure in ("queue_s", "queued", "gap_s", "gaps")}
+
+
+# -- from a decision to a ratio
+
+
+def check(plan: Json) -> None:
+    """Raise UserError for a deployment whose ratio nothing changes while it serves."""
+    if not plan.get("workers"):
+        raise UserError("nothing is deployed: ansible-playbook deploy_pd.yml -e ratio=1p1d, and then the same command")
+    if not Ratio(**_counts(plan)).disaggregated:
+        raise UserError(
+            f"{plan['ratio']} runs, and autoscale moves workers between prefill and decode: deploy_pd.yml -e ratio=NpMd"
+        )
+    if plan["router"].get("membership") != "workers":
+        raise UserError(
+            f"router={plan['router'].get('name')} learns its workers only at its start: no ratio is changed behind it"
+        )
+
+
+def _counts(plan: Json) -> Dict[str, int]:
+    return {role: sum(worker["role"] == role for worker in plan["workers"]) for role in ("prefill", "decode", "aggregated")}
+
+
+def next_ratio(plan: Json, move: Move) -> Optional[str]:
+    """Return the ratio after a move: as few workers as make room for at least one of the other role; None when none would be left.
+
+    Workers of the two roles may have other numbers of GPUs.
+    """
+    counts = _counts(plan)
+    gpus = {worker["role"]: sum(len(rank["gpus"]) for rank in worker["ranks"]) for worker in plan["workers"]}
+    source = "decode" if move == "prefill" else "prefill"
+    need, gives = max(gpus[move], 1), max(gpus[source], 1)
+    counts[source] -= -(-need // gives)
+    counts[move] += max(1, gives // need)
+    return str(Ratio(**counts)) if counts[source] > 0 else None
+
+
+# -- in words
+
+
+def words(rule: Rule, seen: Observed) -> str:
+    """Return a window in words: ``prefill waits 0.31 s (0.62 of its limit), decode 41 ms a token, 93 % full (1.03)``."""
+    prefill, decode = pressures(rule, seen)
+    memory = f", {seen.decode_wait_s:.2f} s for memory" if seen.decode_wait_s else ""
+    return (
+        f"prefill waits {seen.prefill_wait_s:.2f} s ({prefill:.2f} of its limit), decode {seen.itl_s * 1000:.0f} ms a token{memory}, "
+        f"{seen.decode_full * 100:.0f} % full ({decode:.2f})"
+    )

@@ -1,0 +1,209 @@
+"""From workers' metrics to a window, and from a decision to a ratio; the rule itself: test_advise_study.py."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdbench.autoscale.session import said
+from pdbench.emulate.metrics import WorkerMetrics
+from pdlib import autoscale
+from pdlib import ratio as ratios
+from pdlib.autoscale import Figures, Observed, Rule, next_ratio, observed, read
+from pdlib.errors import UserError
+
+NOTHING = Figures(0, 0, 0, 0, 0, 0, 0)
+VLLM = """# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:request_queue_time_seconds_bucket{engine="0",le="0.3",model_name="m"} 3.0
+vllm:request_queue_time_seconds_sum{engine="0",model_name="m"} 1.5
+vllm:request_queue_time_seconds_count{engine="0",model_name="m"} 3.0
+vllm:inter_token_latency_seconds_sum{engine="0",model_name="m"} 4e-1
+vllm:inter_token_latency_seconds_count{engine="0",model_name="m"} 10.0
+"""
+
+
+def test_what_an_emulated_worker_shows_is_read() -> None:
+    metrics = WorkerMetrics("m", "decode")
+    metrics.note_stage("decode_waiting", 0.5)
+    metrics.note_stage("decode_waiting", 1.5)
+    for gap in (0.01, 0.03):
+        metrics.itl.observe(gap)
+    for gauge, value in ((metrics.queue, 3), (metrics.prealloc_queue, 2), (metrics.running, 8), (metrics.token_usage, 0.4)):
+        gauge.set(value)
+    found = read(metrics.text(), 16)
+    assert found is not None
+    assert asdict(found) == pytest.approx(
+        {"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 3, "prealloc": 2, "full": 0.5}
+    )
+    roomier = read(metrics.text(), None)
+    assert roomier is not None
+    assert roomier.full == 0.4
+
+
+def test_vllm_says_the_same_under_other_names() -> None:
+    found = read(VLLM)
+    assert found == Figures(1.5, 3, 0.4, 10, 2, 0, 0.25)
+
+
+def test_ranks_of_one_worker_count_together_and_the_fullest_is_how_full_it_is() -> None:
+    found = read(VLLM + VLLM.replace('engine="0"', 'engine="1"').replace("_perc{", '_perc{x="y",').replace("} 0.25", "} 0.75"))
+    assert found == Figures(3.0, 6, 0.8, 20, 4, 0, 0.75)
+
+
+@pytest.mark.parametrize("page", ["", "<html>", "up 1\n", VLLM.replace("} 4.0", "} NaN"), "sglang:num_running_reqs 1e999\n"])
+def test_another_page_is_no_figure(page: str) -> None:
+    assert read(page) is None
+
+
+@pytest.mark.parametrize(
+    "page", ["", "[]", "{}", '{"loads": 3}', '{"loads": [{}]}', '{"loads": [{"max_running_requests": "x"}]}', "[" * 9999]
+)
+def test_loads_that_say_nothing(page: str) -> None:
+    assert autoscale.most_running(page) is None
+
+
+def test_ranks_of_a_worker_run_their_requests_side_by_side() -> None:
+    assert autoscale.most_running('{"loads": [{"max_running_requests": 16}, {"max_running_requests": 16}]}') == 32
+
+
+@given(st.text())
+def test_no_page_is_too_odd(page: str) -> None:
+    read(page)
+    read(VLLM + page)
+
+
+ROLES = {"prefill-0": "prefill", "prefill-1": "prefill", "decode-0": "decode"}
+counts = st.integers(0, 1000)
+spans = st.floats(0, 1e4)
+
+
+@st.composite
+def looks(draw: st.DrawFn) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Two looks at workers that live on."""
+    before = {name: Figures(draw(spans), draw(counts), draw(spans), draw(counts), 0, 0, 0.1) for name in ROLES}
+    after = {
+        name: Figures(
+            own.queue_s + draw(spans), own.queued + draw(counts), own.gap_s + draw(spans), own.gaps + draw(counts),
+            draw(counts), draw(counts), draw(st.floats(0, 1)),
+        )
+        for name, own in before.items()
+    }  # fmt: skip
+    return before, after
+
+
+@given(looks(), st.floats(0.1, 60))
+def test_a_window_holds_what_was_added_in_it(both: tuple[dict[str, Figures], dict[str, Figures]], window: float) -> None:
+    before, after = both
+    seen = observed(before, after, ROLES, window)
+    assert (seen.prefill, seen.decode) == (2, 1)
+    since = {name: {k: v - asdict(before[name])[k] for k, v in asdict(after[name]).items()} for name in ROLES}
+    started = sum(since[name]["queued"] for name in ("prefill-0", "prefill-1"))
+    mean = sum(since[name]["queue_s"] for name in ("prefill-0", "prefill-1")) / started if started else 0
+    assert seen.prefill_wait_s >= mean - 1e-6
+    # Little: who still waits, waits as long as it takes to start as many.
+    assert seen.prefill_wait_s >= (after["prefill-0"].waiting + after["prefill-1"].waiting) / max(started, 1) * window - 1e-6
+    if since["decode-0"]["gaps"]:
+        assert seen.itl_s == pytest.approx(since["decode-0"]["gap_s"] / since["decode-0"]["gaps"], abs=1e-9)
+    assert seen.decode_full == after["decode-0"].full
+
+
+@given(looks())
+def test_shifting_all_counters_changes_nothing(both: tuple[dict[str, Figures], dict[str, Figures]]) -> None:
+    before, after = both
+    moved = [
+        {name: replace(own, queue_s=own.queue_s + 64, queued=own.queued + 64, gaps=own.gaps + 64) for name, own in look.items()}
+        for look in both
+    ]
+    there, here = observed(moved[0], moved[1], ROLES, 10), observed(before, after, ROLES, 10)
+    assert asdict(there) == pytest.approx(asdict(here), rel=1e-6, abs=1e-6)
+
+
+def test_a_worker_that_began_anew_counts_from_nothing() -> None:
+    before = {name: Figures(100, 100, 100, 100, 0, 0, 0) for name in ROLES}
+    after = {name: Figures(4, 2, 0.2, 10, 0, 0, 0) for name in ROLES}
+    seen = observed(before, after, ROLES, 10)
+    assert seen.prefill_wait_s == 2.0
+    assert seen.itl_s == pytest.approx(0.02)
+
+
+def test_a_queue_that_nobody_leaves_is_as_long_as_the_window_and_longer() -> None:
+    idle = dict.fromkeys(ROLES, NOTHING)
+    stuck = {**idle, "prefill-0": replace(NOTHING, waiting=3)}
+    assert observed(idle, stuck, ROLES, 10).prefill_wait_s == 30
+    assert observed(idle, idle, ROLES, 10) == Observed(2, 1, 0, 0, 0, 0)
+
+
+def plan(prefill: int, decode: int, prefill_gpus: int = 1, decode_gpus: int = 1, **more: Any) -> dict[str, Any]:
+    gpus = {"prefill": prefill_gpus, "decode": decode_gpus}
+    workers = [
+        {"role": role, "name": f"{role}-{i}", "ranks": [{"gpus": list(range(gpus[role]))}]}
+        for role, count in (("prefill", prefill), ("decode", decode))
+        for i in range(count)
+    ]
+    return {"ratio": f"{prefill}p{decode}d", "workers": workers, "router": {"name": "sglang", "membership": "workers"}, **more}
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_the_next_ratio_takes_no_more_gpus_and_no_more_workers_than_it_must(
+    prefill: int, decode: int, p: int, d: int, up: bool
+) -> None:
+    move: autoscale.Move = "prefill" if up else "decode"
+    found = next_ratio(plan(prefill, decode, p, d), move)
+    source = decode if up else prefill
+    leave = -(-(p if up else d) // (d if up else p))
+    if found is None:
+        assert source <= leave
+        return
+    made = ratios.parse(found)
+    assert made.prefill * p + made.decode * d <= prefill * p + decode * d
+    assert (made.prefill > prefill, made.decode > decode) == (up, not up)
+    assert (decode - made.decode if up else prefill - made.prefill) == leave
+
+
+def test_one_worker_goes_where_they_are_alike() -> None:
+    assert next_ratio(plan(3, 1), "decode") == "2p2d"
+    assert next_ratio(plan(3, 1), "prefill") is None
+    assert next_ratio(plan(4, 1, 2, 4), "decode") == "2p2d"
+    assert next_ratio(plan(2, 2, 2, 4), "prefill") == "4p1d"
+
+
+@pytest.mark.parametrize(
+    ("deployed", "why"),
+    [
+        ({}, "nothing is deployed: ansible-playbook deploy_pd.yml"),
+        ({**plan(0, 0), "workers": [{"role": "aggregated", "ranks": []}], "ratio": "agg"}, "agg runs"),
+        (
+            {**plan(1, 2), "router": {"name": "mini-lb", "membership": "restart"}},
+            "router=mini-lb learns its workers only at its start",
+        ),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(deployed: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        autoscale.check(deployed)
+    autoscale.check(plan(1, 2))
+
+
+def test_lines_say_what_was_seen_and_what_follows() -> None:
+    rule, rng = Rule(1.0, 0.05), random.Random(1)
+    seen = Observed(1, 2, 0.8, 0.0, 0.02, 0.3)
+    window = {"at": rng.random(), "kind": "window", "ratio": "1p2d", "says": autoscale.words(rule, seen), "wish": "prefill"}
+    line = said({**window, "to": "2p1d"})
+    assert "1p2d  prefill waits 0.80 s (0.80 of its limit), decode 20 ms a token, 30 % full (0.40)" in line
+    assert line.endswith(": prefill wants a worker, so 2p1d")
+    assert said({**window, "to": "2p1d"}, dry_run=True).endswith("so 2p1d it would be")
+    assert said({**window, "to": None, "wish": None}).endswith("(0.40)")
+    assert "0.25 s for memory" in autoscale.words(rule, replace(seen, decode_wait_s=0.25))
+    silent = said({"at": 0, "kind": "window", "ratio": "1p2d", "silent": {"decode-0": "Connection refused"}})
+    assert silent.endswith("not judged: decode-0: Connection refused")
+    change = {"at": 0, "kind": "change", "ratio": "1p2d", "to": "2p1d", "took_s": 12.5, "ok": True, "why": ""}
+    assert said(change).endswith("1p2d -> 2p1d: done, 12 s")
+    assert said({**change, "ok": False, "why": "h2 is gone"}).endswith("1p2d -> 2p1d: FAILED: h2 is gone, 12 s")
