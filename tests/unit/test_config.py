@@ -75,6 +75,16 @@ def test_a_verb_imports_its_play_and_does_nothing_else() -> None:
         assert (REPO / only["ansible.builtin.import_playbook"]).is_file(), name
 
 
+@pytest.mark.parametrize(("ratio", "plays", "first"), [("auto", 1, "A ratio is chosen"), ("3p1d", 4, "Check what was asked for")])
+def test_bench_chooses_a_ratio_or_measures_one(ratio: str, plays: int, first: str) -> None:
+    done = run(REPO, "ansible-playbook", "bench.yml", "--list-tasks", "-e", f"ratio={ratio}")
+    assert done.returncode == 0, done.stderr
+    found = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("play #")]
+    assert len(found) >= plays
+    assert (len(found) == 1) == (ratio == "auto")
+    assert first in found[0]
+
+
 def test_plays_see_the_top_level_group_vars_through_a_link() -> None:
     link = REPO / "playbooks" / "group_vars"
     assert link.is_symlink()
@@ -82,8 +92,8 @@ def test_plays_see_the_top_level_group_vars_through_a_link() -> None:
     assert (link / "all.yml").is_file()
 
 
-# What inputs.yml resolves, the sweep judges: it refuses nothing by itself.
-@pytest.mark.parametrize("playbook", [*VERBS, *(play for play in PLAYS if play != "playbooks/inputs.yml")])
+# What inputs.yml resolves and auto.yml chooses, the sweep judges: they refuse nothing by themselves.
+@pytest.mark.parametrize("playbook", [*VERBS, *sorted({*PLAYS} - {"playbooks/inputs.yml", "playbooks/auto.yml"})])
 def test_group_vars_apply_to_every_verb_and_to_its_play_run_directly(checkout: Path, playbook: str) -> None:
     add(checkout / "group_vars" / "all.yml", {"worker_port_base": "from group_vars"})
     # rebalance.yml goes nowhere without a ratio

@@ -71,3 +71,8 @@ def test_what_is_accepted_is_canonical_up_to_zeros_and_case(text: str) -> None:
     assert parse(str(ratio)) == ratio
     letters = "".join(c for c in text.lower() if not c.isdigit())
     assert letters == ("pd" if ratio.disaggregated else "agg")
+
+
+def test_auto_is_no_ratio_of_a_deployment() -> None:
+    with pytest.raises(UserError, match="ratio=auto is for the command line, and for one verb"):
+        parse("auto")

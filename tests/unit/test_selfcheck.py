@@ -117,8 +117,9 @@ def test_grades_are_ordered() -> None:
         (["--concurrency", "8,x"], "'x' is not a whole number"),
         (["--itl-ms", "nan"], "'nan' is not a number above 0"),
         (["--against", "router:80"], "write http, host and port"),
-        (["--listen", "70000"], "is not a port, or host:port"),
-        (["--listen", "9000", "--against", "http://127.0.0.1:9000"], "not allowed with"),
+        (["--listen", "127.0.0.1:70000"], "is no address and port of this host"),
+        (["--listen", "9000"], "is no address and port of this host"),
+        (["--listen", "127.0.0.1:9000", "--against", "http://127.0.0.1:9000"], "not allowed with"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

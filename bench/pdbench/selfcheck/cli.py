@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=_above_zero, metavar="S", help="cut the answers so that the load lasts about so long")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the findings there")
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--listen", metavar="[HOST:]PORT", type=_address, help="be the server for --against, until Ctrl-C")
+    where.add_argument("--listen", metavar="ADDRESS:PORT", type=_address, help="be the server for --against, until Ctrl-C")
     where.add_argument("--against", metavar="URL", type=_url, help="a server that listens elsewhere: the path counts, too")
     return p
 
@@ -116,9 +116,10 @@ def _above_zero(text: str) -> float:
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     with contextlib.suppress(ValueError):
-        if 0 <= int(port) < 65536:
-            return host or "0.0.0.0", int(port)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port, or host:port")
+        if host and 0 <= int(port) < 65536:
+            return host, int(port)
+    # All addresses only for who says so: 0.0.0.0:9000.
+    raise argparse.ArgumentTypeError(f"{text!r} is no address and port of this host, such as 192.0.2.7:9000")
 
 
 def _url(text: str) -> str:

@@ -50,7 +50,7 @@ class Server:
     def check(self) -> None:
         """Raise CannotCheckError when something else answers there."""
         if self.get("/health").get("truth") != 1:
-            raise CannotCheckError(f"{self.url} is no truth server: start `pdbench selfcheck --listen PORT` there")
+            raise CannotCheckError(f"{self.url} is no truth server: start `pdbench selfcheck --listen ADDRESS:PORT` there")
 
     def path_ms(self) -> float:
         """Return the shortest time there and back, ms."""

@@ -53,4 +53,6 @@ def parse(text: str) -> Ratio:
         return Ratio(prefill=int(pair[1]), decode=int(pair[2]))
     if aggregated and (aggregated[1] == "" or int(aggregated[1])):
         return Ratio(aggregated=int(aggregated[1] or 1))
+    if lowered == "auto":
+        raise UserError("ratio=auto is for the command line, and for one verb: ansible-playbook bench.yml -e ratio=auto")
     raise UserError(f"ratio={text!r} is not a ratio: {GRAMMAR}")
