@@ -158,3 +158,12 @@ def test_the_default_version_of_every_engine_has_a_table() -> None:
     shipped = {path.stem for path in SHIPPED}
     for engine in engines.ENGINES.values():
         assert f"{engine.name}-{engine.default_version}" in shipped
+
+
+@given(st.permutations(["page-size", "mem_fraction_static", "--log-level"]), st.permutations(["a", "b", "c"]))
+def test_the_order_in_which_flags_are_written_is_no_other_command_line(names: list[str], keys: list[str]) -> None:
+    shipped = flags.load("sglang", "0.5.23")
+    values = {"page-size": 16, "mem_fraction_static": 0.8, "--log-level": "info"}
+    found = flags.argv(flags.canonical(shipped, {name: values[name] for name in names}, "w", {}))
+    assert found == ["--log-level", "info", "--mem-fraction-static", "0.8", "--page-size", "16"]
+    assert flags.argv({"json": {key: 1 for key in keys}}) == ["--json", '{"a":1,"b":1,"c":1}']

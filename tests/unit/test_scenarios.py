@@ -46,7 +46,7 @@ RENAMED = {
 SILENT = {"--enable-dp-attention", "--base-gpu-id"}
 ONE_NODE = {"--dist-init-addr", "--nnodes", "--node-rank"}
 #: The connector that took the place of vLLM's P2pNcclConnector: either end may send and receive, and none computes a lost KV.
-NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_load_failure_policy":"fail"}'
+NIXL = '{"kv_connector":"NixlConnector","kv_load_failure_policy":"fail","kv_role":"kv_both"}'
 #: Old variable -> the flag that took its place.
 ENV_TO_FLAG = {"SGLANG_NUM_RESERVED_DECODE_TOKENS": "--num-reserved-decode-tokens"}
 

@@ -74,10 +74,11 @@ def _check_value(name: str, value: Any, row: Mapping[str, Any], where: str) -> N
 def canonical(table: FlagTable, args: Mapping[str, Any], where: str, owned: Mapping[str, str]) -> Dict[str, Any]:
     """Return ``args`` under the engine's own long spelling; raise UserError for a flag or value that it has not.
 
-    ``owned``: flags that the plan sets -> the variable to set instead.
+    ``owned``: flags that the plan sets -> the variable to set instead. They come in the order of the alphabet: a mapping has
+    none that lasts (the deployed plan is a file), and a worker restarts when its command line is another.
     """
     result: Dict[str, Any] = {}
-    for given, value in args.items():
+    for given, value in sorted(args.items()):
         name = given.lstrip("-").replace("_", "-")
         name = table.aliases.get(name, name)
         if name in owned:
@@ -133,7 +134,7 @@ def argv(args: Mapping[str, Any]) -> List[str]:
         if isinstance(value, bool):
             continue
         if isinstance(value, Mapping):
-            items.append(json.dumps(value, separators=(",", ":")))
+            items.append(json.dumps(value, separators=(",", ":"), sort_keys=True))
         elif isinstance(value, (list, tuple)):
             items += [str(item) for item in value]
         else:
