@@ -2,13 +2,14 @@
 
     PYTHONPATH=tests .venv/bin/python -m autoscale_turns
 
-Half an hour; nothing may be deployed with inventory/local. Every policy gets the same requests at the same times. Prints the
-page's table and draws its picture.
+Half an hour; nothing may be deployed with inventory/local, whose ports it takes. Every policy gets the same requests at the same
+times. Prints the page's table and draws its picture.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from sweep_order import INVENTORY, teardown
 
 from pdbench.intervals import wilson
 from pdbench.metrics import Slo, tpot_s, ttft_s
@@ -30,6 +31,9 @@ from pdbench.report.look import BLUE, GREEN, LIGHT, ORANGE, VERMILLION
 from pdbench.sweep import plays
 from pdbench.sweep.checkout import ROOT
 
+#: inventory/local with three GPUs: a worker that changes its role has no free one to go to
+HOME = ROOT / ".pd" / "turns"
+INVENTORY = str(HOME / "inventory" / "three")
 PICTURE = ROOT / "docs" / "results" / "autoscale.png"
 #: seconds of a phase, and requests/s, prompt and answer tokens in each
 PHASE_S = 90.0
@@ -71,6 +75,26 @@ class Seen:
     changes: Sequence[Mapping[str, Any]]
 
 
+def inventory() -> None:
+    """Write the inventory; what is installed is inventory/local's."""
+    made = yaml.safe_load((ROOT / "inventory" / "local" / "hosts.yml").read_text())
+    made["all"]["vars"]["install_dir"] = str(ROOT / ".pd" / "install")
+    Path(INVENTORY).mkdir(parents=True, exist_ok=True)
+    (Path(INVENTORY) / "hosts.yml").write_text(yaml.safe_dump(made, sort_keys=False))
+    shutil.copytree(ROOT / "inventory" / "local" / "host_vars", Path(INVENTORY) / "host_vars", dirs_exist_ok=True)
+    for host, gpus in (("gh200", 1), ("a100", 2)):
+        path = Path(INVENTORY) / "host_vars" / f"{host}.yml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "gpus": gpus}))
+
+
+def play(name: str, given: Mapping[str, Any], folder: Path) -> None:
+    """Run a verb; raise SystemExit when it fails."""
+    one = plays.Play(name, given, INVENTORY, None, folder / plays.SCRATCH)
+    one.wait()
+    if one.rc:
+        raise SystemExit(f"{name}: {one.why}")
+
+
 def trace(path: Path) -> int:
     """Write the load as a trace; return how many requests it has."""
     rng, rows = np.random.default_rng(20261122), list[dict[str, int]]()
@@ -94,11 +118,8 @@ def measure(policy: Policy, folder: Path, file: Path, requests: int) -> Seen:
     """Deploy, load, and watch where the policy does."""
     folder.mkdir()
     given = {"ratio": policy.ratio, "engine_args": dict(SIXTEEN), **(policy.more or {})}
-    play = plays.Play("deploy_pd.yml", given, plays.inventory_path(INVENTORY), None, folder / plays.SCRATCH)
-    play.wait()
-    if play.rc:
-        raise SystemExit(f"deploy: {play.why}")
-    plan = json.loads((ROOT / ".pd" / "state-a100" / "plan.json").read_text())
+    play("deploy_pd.yml", given, folder)
+    plan = json.loads((HOME / ".pd" / "state-a100" / "plan.json").read_text())
     promised = ["--slo-ttft-ms", str(LIMITS.ttft_ms), "--slo-tpot-ms", str(LIMITS.tpot_ms)]
     watch = ["autoscale", "-i", INVENTORY, *promised, "--every", "5", "--rest", "10", "--output", str(folder / "watch")]
     watcher = verb(*watch) if policy.watched else None
@@ -168,18 +189,19 @@ def picture(found: Sequence[Seen]) -> bytes:
 
 def main() -> None:
     """Measure every policy."""
+    inventory()
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         requests = trace(base / "turns.jsonl")
         found = []
         try:
             for number, policy in enumerate(POLICIES):
-                teardown(base)
+                play("teardown.yml", {}, base)
                 print(f"{policy.name}: {requests} requests", file=sys.stderr, flush=True)
                 found.append(measure(policy, base / str(number), base / "turns.jsonl", requests))
                 print(f"{policy.name}: {share(found[-1].records)} %", file=sys.stderr, flush=True)
         finally:
-            teardown(base)
+            play("teardown.yml", {}, base)
     PICTURE.write_bytes(picture(found))
     print(table(found))
 

@@ -45,7 +45,7 @@ FIRST: dict[str, str] = {
     "merge": "results/merged results/merged/clients/n1 results/merged/clients/n2",
     "profile": "--url http://ROUTER:8000 --model NAME --plan plan.json --role decode --batch 64 --isl 512 --osl 128 "
     "--output results/mine     (or: ansible-playbook profile.yml -e role=decode)",
-    "traces": "results/latest",
+    "traces": "results/profiles/ID",
     "fit": "results/sweeps/NAME --base h200-qwen2.5-3b --output fitted.yml",
     "gate": "results/latest",
     "search": "goodput --output results/search -- --url http://ROUTER:8000 --model NAME --isl 512 --osl 128 --num-requests 300 "

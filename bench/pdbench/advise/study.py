@@ -101,7 +101,7 @@ def good(outcomes: Sequence[Outcome], slo: Slo) -> np.ndarray[tuple[int], np.dty
     return found
 
 
-def split(question: Question, policy: str) -> int:
+def split(policy: str) -> int:
     """Return the prefill workers of a fixed ratio."""
     return int(policy.split("p")[0])
 
@@ -124,7 +124,7 @@ def run(question: Question, task: Task) -> Run:
             plan = foresight(question, source, load, seed)
             policy, prefill = Schedule(plan, question.profile.engine.startup_s + DRAIN_S), plan[0][1]
         else:
-            prefill = split(question, name)
+            prefill = split(name)
         made = Elastic(question.profile, prefill, question.workers - prefill, policy, gpus=question.gpus)
         outcomes = made.open_loop(prompts)
         changes = made.changes
