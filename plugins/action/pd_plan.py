@@ -33,6 +33,7 @@ from pdlib import (  # noqa: E402
     moves,
     plan,
     plan_file,
+    plan_inputs,
     probe,
     processes,
     profile_spec,
@@ -77,7 +78,7 @@ class ActionModule(ActionBase):
         if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
             raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
         groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
-        ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
+        ours = list(dict.fromkeys(host for group in plan_inputs.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
         as_deployed = measures or verb in ("doctor", "rebalance")
@@ -93,7 +94,7 @@ class ActionModule(ActionBase):
             given |= {name: self._key(name, given[name], current if as_deployed else None) for name in keys.SHARED}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
-        plan.check_group_names(groups)
+        plan_inputs.check_group_names(groups)
         cluster = settings.cluster_settings(by_host)
         local = [h for h in ours if hostvars[h].get("ansible_connection") == "local"]
         settings.check_state_dirs({h: by_host[h]["state_dir"] for h in local})
@@ -107,7 +108,7 @@ class ActionModule(ActionBase):
             if by_host[host]["service_manager"] == "auto" and host in known:
                 by_host[host]["service_manager"] = known[host]["service_manager"]
         limit = context.CLIARGS.get("subset")
-        inputs = plan.Inputs(
+        inputs = plan_inputs.Inputs(
             groups=groups,
             cluster=cluster,
             hosts=by_host,
