@@ -9,7 +9,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from . import engines, firewall, plan_file, plan_hosts, plan_ports, plan_processes, runtimes, transfer
 from . import ratio as ratios
 from .errors import UserError, listing
-from .fabric import Setting, choose_backend, expected_transport, forces_tcp
+from .fabric_mask import Setting
+from .fabric_ways import choose_backend, expected_transport, forces_tcp
 from .plan_inputs import Inputs
 from .plan_site import Site
 from .topology import Host, Placed, attempt, fullest_ratios, place

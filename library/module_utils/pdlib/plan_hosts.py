@@ -6,7 +6,8 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 from . import firewall, provision, runtimes, transfer
 from .errors import UserError
-from .fabric import Link, Setting, Use, settings_for, shown
+from .fabric import Link
+from .fabric_mask import Setting, Use, settings_for, shown
 from .plan_site import Site
 from .topology import Placed
 

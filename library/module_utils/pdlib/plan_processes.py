@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Dict, Mapping, Sequence
 
 from . import engines, flags, plan_ports, provision, routers, runtimes, transfer
-from .fabric import Link, Setting
+from .fabric import Link
+from .fabric_mask import Setting
 from .plan_site import Site
 from .topology import Placed
 
