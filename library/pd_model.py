@@ -55,7 +55,7 @@ import sys
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import model_host
 from ansible.module_utils.pdlib.errors import UserError
-from ansible.module_utils.pdlib.reconcile import Outcome
+from ansible.module_utils.pdlib.steps import Outcome
 
 
 def main() -> None:
