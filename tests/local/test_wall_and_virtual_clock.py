@@ -26,7 +26,8 @@ from pdbench.emulate.text import prompt_of
 from pdbench.model import cluster, profile
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Request, Token, Worker
+from pdbench.model.requests import Request, Token
+from pdbench.model.scheduler import Worker
 
 Calls = list[tuple[str, float, tuple[Any, ...]]]
 

@@ -16,7 +16,8 @@ from pdbench.emulate.metrics import WorkerMetrics
 from pdbench.emulate.text import Prompt
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Step, Token, Way, Worker
+from pdbench.model.requests import FOREVER, Event, Limits, Request, Step, Token, Way
+from pdbench.model.scheduler import Worker
 
 Role = Literal["prefill", "decode", "aggregated"]
 #: What SGLang calls the roles: in `disaggregation_mode`, and in the label `engine_type`.
@@ -128,7 +129,7 @@ class Engine:
         self.rates = Rates(config.profile, config.tp_size)
         self.worker = Worker(self.rates, self._limits())
         self.worker.on_stage = self.metrics.note_stage
-        self.worker.link_factor = self.faults.link_factor
+        self.worker.links.factor = self.faults.link_factor
         self.worker.on_step = self._note_step
         self.place = Place(f"{config.host}:{config.port}", config.node, config.rdma_fabric)
         self.rooms = Rooms(self, config.timeouts.heartbeat_s * config.timeouts.heartbeat_failures)
@@ -242,7 +243,7 @@ class Engine:
             raise ValueError(f"{len(self._jobs)} requests are running")
         self.flush_cache()
         self.role = role
-        self.worker.limits = self._limits()
+        self.worker.change(self._limits())
         self.metrics.relabel(ENGINE_TYPES[role])
 
     def refresh(self) -> None:
