@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from pdbench.emulate.engine import WorkerConfig
+from pdbench.emulate.config import WorkerConfig
 from pdbench.emulate.handshake import Timeouts
 from pdbench.emulate.server import Server
 from pdbench.model import profile
