@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-lab-firewall | test-rdma | test-first-contact | soak | bench-deploy | bench-client | lab-up | lab-status | lab-down | bundle | lock | flags | docs | clean
+# make setup | demo | test | lint | fuzz | audit | test-real | test-sweeps | test-kv | test-faults | test-rebalance | test-vllm | test-lab | test-lab-real | test-lab-rebalance | test-lab-firewall | test-rdma | test-first-contact | soak | bench-deploy | bench-client | lab-up | lab-status | lab-down | tiny-model | bundle | lock | flags | docs | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3

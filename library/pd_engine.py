@@ -14,7 +14,6 @@ options:
   state_dir: {description: Our state directory; marks the client's processes as ours., type: path, required: true}
   install_dir: {description: Where what was loaded is recorded., type: path, required: true}
   service_user: {description: "Who runs the engine under systemd; empty: who connects.", type: str, default: ""}
-  timeout: {description: Longest time in seconds., type: float, default: 7200}
 attributes:
   action: {support: full, description: Sends on the controller; pd_runtime runs on the host.}
   check_mode: {support: full, description: Says what would be pulled or loaded.}
@@ -46,7 +45,6 @@ def main() -> None:
             "state_dir": {"type": "path", "required": True},
             "install_dir": {"type": "path", "required": True},
             "service_user": {"type": "str", "default": ""},
-            "timeout": {"type": "float", "default": 7200},
         },
         supports_check_mode=True,
     )

@@ -22,7 +22,6 @@ options:
   installed: {description: The stamps of those that are there., type: dict, required: true}
   wheelhouse: {description: The host reaches no registry., type: bool, default: false}
   shared: {description: Whether other users run what is installed., type: bool, default: false}
-  timeout: {description: Longest time in seconds., type: float, default: 7200}
 attributes:
   action: {support: full, description: Fetches and sends on the controller; pd_venv runs on the host.}
   check_mode: {support: full, description: Says what would be installed.}
@@ -59,7 +58,6 @@ def main() -> None:
             "installed": {"type": "dict", "required": True},
             "wheelhouse": {"type": "bool", "default": False},
             "shared": {"type": "bool", "default": False},
-            "timeout": {"type": "float", "default": 7200},
         },
         supports_check_mode=True,
     )

@@ -13,7 +13,6 @@ options:
   state_dir: {description: State directory of the host., type: path, required: true}
   service_manager: {description: Who runs the units., type: str, choices: [systemd, supervisord], required: true}
   units: {description: Names of the units., type: list, elements: str, required: true}
-  lines: {description: Lines of each log., type: int, default: 300}
   keep:
     description: A regular expression; lines that match, and five after each, are kept wherever they stand since the last start.
     type: str
@@ -37,6 +36,9 @@ logs: {description: The ends of the logs by unit., returned: always, type: dict,
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib.managers import MANAGERS, since_start
 
+#: of each log
+_LINES = 300
+
 
 def main() -> None:
     """Read and return."""
@@ -45,7 +47,6 @@ def main() -> None:
             "state_dir": {"type": "path", "required": True},
             "service_manager": {"type": "str", "choices": ["systemd", "supervisord"], "required": True},
             "units": {"type": "list", "elements": "str", "required": True},
-            "lines": {"type": "int", "default": 300},
             "keep": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
@@ -54,7 +55,7 @@ def main() -> None:
     manager = MANAGERS[p["service_manager"]](p["state_dir"], "", "")
     logs = {}
     for unit in p["units"]:
-        whole = manager.log_tail(unit, p["lines"])
+        whole = manager.log_tail(unit, _LINES)
         end = since_start(whole)
         if len(end) < len(whole):
             # What an earlier process said, a crash perhaps: for people. Checks read the last process's alone.

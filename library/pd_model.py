@@ -20,7 +20,6 @@ options:
   token: {description: The token of the hub or of the host that serves., type: str}
   address: {description: With C(serve) what it listens on., type: str, default: ""}
   service_user: {description: With C(serve) who runs it; empty for who connects., type: str, default: ""}
-  idle_s: {description: With C(serve) how long it waits for somebody to ask in seconds., type: float, default: 900}
   served: {description: With C(fetch) what C(serve) returned., type: dict, default: {}}
   giver: {description: With C(fetch) the host that serves., type: str, default: ""}
   size: {description: With C(fetch) how many bytes the model has., type: int, default: 0}
@@ -57,6 +56,9 @@ from ansible.module_utils.pdlib import model_host
 from ansible.module_utils.pdlib.errors import UserError
 from ansible.module_utils.pdlib.steps import Outcome
 
+#: how long it is served to nobody
+_IDLE_S = 900.0
+
 
 def main() -> None:
     """Run one step."""
@@ -70,7 +72,6 @@ def main() -> None:
             "token": {"type": "str", "no_log": True},
             "address": {"type": "str", "default": ""},
             "service_user": {"type": "str", "default": ""},
-            "idle_s": {"type": "float", "default": 900},
             "served": {"type": "dict", "default": {}},
             "giver": {"type": "str", "default": ""},
             "size": {"type": "int", "default": 0},
@@ -86,7 +87,7 @@ def main() -> None:
         if p["action"] == "have":
             outcome, more = model_host.have(model, {**p["source"], "python": python, "token": token}, module.check_mode)
         elif p["action"] == "serve" and not module.check_mode:
-            outcome, more = model_host.serve(model, p["address"], token, p["idle_s"], python, p["service_user"])
+            outcome, more = model_host.serve(model, p["address"], token, _IDLE_S, python, p["service_user"])
         elif p["action"] == "fetch":
             outcome, more = model_host.fetch(model, p["served"], token, p["giver"], p["size"], python, module.check_mode)
         elif p["action"] == "stop" and not module.check_mode:

@@ -26,7 +26,6 @@ options:
         C(admin_api_key), as far as the deployment has them, come from the variables of these names, the controller's environment or
         C(folder); C(router_tls_cert) and C(router_tls_key), where a unit reads them, from these files. They stand in no task.
     type: dict
-  quiet_s: {description: Least time between two lines of progress in seconds., type: float, default: 4}
   keep_going:
     description: Whether a host that fails or is gone is only told of, in C(lost), and the play goes on.
     type: bool
@@ -66,7 +65,6 @@ def main() -> None:
             "timeout": {"type": "float", "default": 1800},
             "files": {"type": "list", "elements": "str", "default": []},
             "keys": {"type": "dict"},
-            "quiet_s": {"type": "float", "default": 4},
             "keep_going": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

@@ -22,7 +22,6 @@ options:
   served: {description: With C(fetch) what C(serve) returned., type: dict, default: {}}
   giver: {description: With C(fetch) the host that serves., type: str, default: ""}
   size: {description: With C(fetch) how many bytes the model has., type: int, default: 0}
-  timeout: {description: Longest time in seconds., type: float, default: 86400}
 attributes:
   action: {support: full, description: Loops and chooses on the controller; pd_model runs on the host.}
   check_mode: {support: full, description: Says what would be downloaded or copied.}
@@ -66,7 +65,6 @@ def main() -> None:
             "served": {"type": "dict", "default": {}},
             "giver": {"type": "str", "default": ""},
             "size": {"type": "int", "default": 0},
-            "timeout": {"type": "float", "default": 86400},
         },
         supports_check_mode=True,
     )

@@ -23,7 +23,6 @@ from typing import Any
 import yaml
 from toolbox import router_python
 
-REPO = Path(__file__).resolve().parents[1]
 #: Quick enough for tests, slow enough that order and waiting can be seen; `bandwidth_gb_per_s` leaves a step its overhead only.
 QUICK = {
     **{"tflops": 2 * 2.77e9 * 50_000 / 1e12, "bandwidth_gb_per_s": 1e9, "decode_overhead_ms": 5, "decode_us_per_request": 0},

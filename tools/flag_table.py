@@ -220,10 +220,7 @@ def router(name: str, version: str) -> Source:
 
 ROUTERS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
 SOURCES = {
-    **{
-        name: router(name, version)
-        for name, version in (("sglang-router", "0.3.2"), ("smg", "1.13.0"), ("vllm-router", "0.1.17"))
-    },
+    **{name: router(name, version) for name, version in ROUTERS.items()},
     "sglang": Source(
         versions={version: f"sglang=={version}" for version in ("0.5.17", "0.5.23")},
         needs=("msgspec==0.22.0",),

@@ -46,7 +46,7 @@ class Engine:
     process. ``transfer_role``: whose workers count KV transfers that ended well (``transfers``) and their size
     (``transferred``, in units of ``transfer_unit`` bytes). ``failures``: transfers that did not end well. ``computed``: prompt
     tokens whose KV a worker computed itself, and ``computed_allowed`` how many of them a decode worker computes for each
-    request as a matter of course. ``log_lines``: what a worker's log says of its transport, as DESIGN names transports.
+    request as a matter of course. ``log_lines``: what a worker's log says of its transport, in the plan's words.
     ``full_speed`` (path, body), ``stop_profile`` and ``flush`` are paths to POST to; "" where the engine has none. ``info``:
     the path of what a worker says of itself. ``verifiable``: a prefill worker can be asked for the log-probabilities of what a
     decode worker answered (pdbench.run.verify). ``apart`` and ``together``: the stages of TTFT with prefill and decode on

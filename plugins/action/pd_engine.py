@@ -16,6 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from plugins.action import pd_poll  # noqa: E402
 
+#: for an image to come and be loaded
+_LONGEST_S = 7200.0
+
 
 def checksum(path: Path) -> str:
     """Return a large file's sha256, which is kept for as long as its size and time stay."""
@@ -33,13 +36,13 @@ def checksum(path: Path) -> str:
 class ActionModule(pd_poll.ActionModule):
     """`pd_engine: {runtime: ..., state_dir: /var/lib/pd, ...}`; documented in library/pd_engine.py."""
 
-    _VALID_ARGS = frozenset({"runtime", "state_dir", "install_dir", "service_user", "timeout"})
+    _VALID_ARGS = frozenset({"runtime", "state_dir", "install_dir", "service_user"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what was pulled or loaded."""
         super(pd_poll.ActionModule, self).run(tmp, task_vars)
         variables = task_vars or {}
-        arguments = {name: value for name, value in self._task.args.items() if name != "timeout"}
+        arguments = dict(self._task.args)
         self._archive, self._sent = arguments["runtime"].get("archive", ""), ""
         if self._archive:
             path = ROOT / self._archive
@@ -48,7 +51,7 @@ class ActionModule(pd_poll.ActionModule):
             with self.heartbeat(variables["inventory_hostname"], f"reads {path.name} for its checksum"):
                 arguments["archive"] = {"sha256": checksum(path), "size": path.stat().st_size}
         try:
-            return self.poll("pd_runtime", arguments, variables, float(self._task.args.get("timeout", 7200)))
+            return self.poll("pd_runtime", arguments, variables, _LONGEST_S)
         finally:
             if self._sent:
                 self._remove_tmp_path(self._sent, force=True)

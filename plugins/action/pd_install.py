@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
-from ansible.utils.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
@@ -19,13 +18,14 @@ from pdlib import wheelhouse  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 from pdlib.venvs import Venv  # noqa: E402
 
-display = Display()
+#: for all virtualenvs of a host
+_LONGEST_S = 7200.0
 
 
 class ActionModule(pd_poll.ActionModule):
     """`pd_install: {install_dir: /opt/pd, state_dir: /var/lib/pd, venvs: [...], ...}`; documented in library/pd_install.py."""
 
-    _VALID_ARGS = frozenset({"install_dir", "state_dir", "venvs", "python", "installed", "wheelhouse", "shared", "timeout"})
+    _VALID_ARGS = frozenset({"install_dir", "state_dir", "venvs", "python", "installed", "wheelhouse", "shared"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what was installed; a host whose virtualenvs are as wanted is not contacted."""
@@ -42,7 +42,7 @@ class ActionModule(pd_poll.ActionModule):
         if args.get("wheelhouse"):
             arguments["wheelhouses"] = {row["name"]: self._identity(row) for row in self._rows if self._steps(row)}
         try:
-            return self.poll("pd_venv", arguments, variables, float(args.get("timeout", 7200)))
+            return self.poll("pd_venv", arguments, variables, _LONGEST_S)
         except UserError as error:
             raise AnsibleActionFail(str(error)) from None
         finally:

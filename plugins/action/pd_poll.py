@@ -29,6 +29,8 @@ from pdlib import keys  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 
 display = Display()
+#: least time between two lines of progress
+QUIET_S = 4
 
 
 def wheel(root: Path) -> Path:
@@ -79,7 +81,7 @@ class Paced:
 
     def say(self, text: str) -> None:
         """Show a line, unless one was shown just now."""
-        if time.monotonic() - self.shown > 4:
+        if time.monotonic() - self.shown > QUIET_S:
             display.display(f"  [{self.host}] {time.monotonic() - self.started:4.0f} s  {text}")
             self.shown = time.monotonic()
 
@@ -87,7 +89,7 @@ class Paced:
 class ActionModule(ActionBase):
     """`pd_poll: {module: pd_units, args: {...}, timeout: 600, files: [...]}`; documented in library/pd_poll.py."""
 
-    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "keys", "quiet_s", "keep_going"})
+    _VALID_ARGS = frozenset({"module", "args", "timeout", "files", "keys", "keep_going"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the last step's result, with the changes of all steps."""
@@ -99,8 +101,7 @@ class ActionModule(ActionBase):
             arguments["files"] = encoded(contents(self._task.args["files"]))
         if self._task.args.get("keys"):
             arguments |= self.secrets(variables, self._task.args["keys"], arguments.get("units", []))
-        quiet = float(self._task.args.get("quiet_s", 4))
-        return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout, quiet))
+        return self.kept_going(variables, lambda: self.poll(module, arguments, variables, timeout))
 
     def secrets(
         self, variables: Mapping[str, Any], places: Mapping[str, Any], units: Sequence[Mapping[str, Any]]
@@ -134,9 +135,7 @@ class ActionModule(ActionBase):
         display.display(f"  [{self._task.delegate_to or variables['inventory_hostname']}] {result.get('msg')}")
         return {"changed": False, "lost": str(result.get("msg"))}
 
-    def poll(
-        self, module: str, arguments: dict[str, Any], variables: dict[str, Any], timeout: float, quiet_s: float = 4
-    ) -> dict[str, Any]:
+    def poll(self, module: str, arguments: dict[str, Any], variables: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Call ``module`` until it is done; return the last result, with the changes of all steps and ``seconds``."""
         host, started, shown = self._task.delegate_to or variables["inventory_hostname"], time.monotonic(), time.monotonic()
         changes: list[str] = []
@@ -158,7 +157,7 @@ class ActionModule(ActionBase):
                 continue
             if time.monotonic() - started > timeout:
                 raise AnsibleActionFail(f"not done after {timeout:.0f} s: {result.get('message', '')}")
-            if result.get("message") and time.monotonic() - shown > quiet_s:
+            if result.get("message") and time.monotonic() - shown > QUIET_S:
                 display.display(f"  [{host}] {time.monotonic() - started:4.0f} s  {result['message']}")
                 shown = time.monotonic()
             resumed = True

@@ -42,7 +42,7 @@ class ActionModule(ActionBase):
         if self._task.args["action"] == "room":
             return self._room(results, bench["needed_mb"])
         if self._task.args["action"] == "unpack":
-            return self._unpack(results, self._task.args["run"], bench, task_vars or {})
+            return self._unpack(results, self._task.args["run"], bench)
         if self._task.args["action"] == "profile":
             return self._profile(results, bench, task_vars or {})
         return self._report(results, bench, task_vars or {})
@@ -66,7 +66,7 @@ class ActionModule(ActionBase):
             )
         return {"changed": False}
 
-    def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+    def _unpack(self, results: Path, run: dict[str, Any], bench: dict[str, Any]) -> dict[str, Any]:
         name, folder = run["run_id"], self._place(results, run["run_id"])
         folder.parent.mkdir(exist_ok=True)
         come = {client: self._opened(results / ".incoming" / client, name) for client in bench["clients"]}

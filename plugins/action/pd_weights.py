@@ -18,13 +18,16 @@ from plugins.action import pd_poll  # noqa: E402
 from pdlib import models  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 
+#: for a model to come
+_LONGEST_S = 86400.0
+
 
 class ActionModule(pd_poll.ActionModule):
     """`pd_weights: {action: have, model: {...}, ...}`; documented in library/pd_weights.py."""
 
     _VALID_ARGS = frozenset({
         "action", "model", "state_dir", "python", "source", "token", "address", "service_user", "served", "giver",
-        "size", "timeout",
+        "size",
     })  # fmt: skip
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -33,8 +36,7 @@ class ActionModule(pd_poll.ActionModule):
         variables = task_vars or {}
         if self._task.args["action"] == "choose":
             return self._choose(variables)
-        arguments = {name: value for name, value in self._task.args.items() if name != "timeout"}
-        return self.poll("pd_model", arguments, variables, float(self._task.args.get("timeout", 86400)))
+        return self.poll("pd_model", dict(self._task.args), variables, _LONGEST_S)
 
     def _choose(self, variables: dict[str, Any]) -> dict[str, Any]:
         hostvars, name = variables["hostvars"], self._task.args["model"]["name"]

@@ -21,8 +21,6 @@ from pdbench.run import spool
 from pdbench.run.digest import Raw, to_record
 from pdbench.run.exchange import Exchange
 
-Json = dict[str, Any]
-
 
 def _completions(tokens: int) -> list[Any]:
     said = [{"choices": [{"text": f" w{n}é"}], "usage": {"completion_tokens": n + 1, "prompt_tokens": 5}} for n in range(tokens)]

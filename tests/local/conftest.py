@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -148,9 +147,3 @@ def clean(checkout: Checkout) -> Iterator[Checkout]:
     """The checkout with nothing deployed, before and after."""
     yield checkout
     checkout.play("teardown.yml").good()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -14,10 +14,10 @@ from pdbench.autoscale.session import said
 from pdbench.emulate.metrics import WorkerMetrics
 from pdlib import autoscale
 from pdlib import ratio as ratios
-from pdlib.autoscale import Figures, Observed, Rule, next_ratio, observed, read
+from pdlib.autoscale import Figures, Observed, Rule, next_ratio, observed, parted, pressures, read, wish
 from pdlib.errors import UserError
 
-NOTHING = Figures(0, 0, 0, 0, 0, 0, 0)
+NOTHING = Figures(0, 0, 0, 0, 0, 0, 0, 0, 0)
 VLLM = """# TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m"} 4.0
 vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
@@ -41,21 +41,23 @@ def test_what_an_emulated_worker_shows_is_read() -> None:
     found = read(metrics.text(), 16)
     assert found is not None
     assert asdict(found) == pytest.approx(
-        {"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 3, "prealloc": 2, "full": 0.5}
+        {
+            **{"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 3, "prealloc": 2, "held": 0, "running": 8},
+            **{"usage": 0.4, "most": 16},
+        }
     )
-    roomier = read(metrics.text(), None)
-    assert roomier is not None
-    assert roomier.full == 0.4
+    assert found.full == 0.5
+    assert replace(found, most=0).full == 0.4
 
 
 def test_vllm_says_the_same_under_other_names() -> None:
     found = read(VLLM)
-    assert found == Figures(1.5, 3, 0.4, 10, 2, 0, 0.25)
+    assert found == Figures(1.5, 3, 0.4, 10, 2, 0, 0, 4, 0.25)
 
 
 def test_ranks_of_one_worker_count_together_and_the_fullest_is_how_full_it_is() -> None:
     found = read(VLLM + VLLM.replace('engine="0"', 'engine="1"').replace("_perc{", '_perc{x="y",').replace("} 0.25", "} 0.75"))
-    assert found == Figures(3.0, 6, 0.8, 20, 4, 0, 0.75)
+    assert found == Figures(3.0, 6, 0.8, 20, 4, 0, 0, 8, 0.75)
 
 
 @pytest.mark.parametrize("page", ["", "<html>", "up 1\n", VLLM.replace("} 4.0", "} NaN"), "sglang:num_running_reqs 1e999\n"])
@@ -88,11 +90,13 @@ spans = st.floats(0, 1e4)
 @st.composite
 def looks(draw: st.DrawFn) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Two looks at workers that live on."""
-    before = {name: Figures(draw(spans), draw(counts), draw(spans), draw(counts), 0, 0, 0.1) for name in ROLES}
+    before = {
+        name: replace(NOTHING, queue_s=draw(spans), queued=draw(counts), gap_s=draw(spans), gaps=draw(counts)) for name in ROLES
+    }
     after = {
         name: Figures(
             own.queue_s + draw(spans), own.queued + draw(counts), own.gap_s + draw(spans), own.gaps + draw(counts),
-            draw(counts), draw(counts), draw(st.floats(0, 1)),
+            draw(counts), draw(counts), draw(counts), draw(counts), draw(st.floats(0, 1)),
         )
         for name, own in before.items()
     }  # fmt: skip
@@ -112,7 +116,7 @@ def test_a_window_holds_what_was_added_in_it(both: tuple[dict[str, Figures], dic
     assert seen.prefill_wait_s >= (after["prefill-0"].waiting + after["prefill-1"].waiting) / max(started, 1) * window - 1e-6
     if since["decode-0"]["gaps"]:
         assert seen.itl_s == pytest.approx(since["decode-0"]["gap_s"] / since["decode-0"]["gaps"], abs=1e-9)
-    assert seen.decode_full == after["decode-0"].full
+    assert seen.decode_full == after["decode-0"].full <= after["decode-0"].usage
 
 
 @given(looks())
@@ -127,8 +131,8 @@ def test_shifting_all_counters_changes_nothing(both: tuple[dict[str, Figures], d
 
 
 def test_a_worker_that_began_anew_counts_from_nothing() -> None:
-    before = {name: Figures(100, 100, 100, 100, 0, 0, 0) for name in ROLES}
-    after = {name: Figures(4, 2, 0.2, 10, 0, 0, 0) for name in ROLES}
+    before = {name: Figures(100, 100, 100, 100, 0, 0, 0, 0, 0) for name in ROLES}
+    after = {name: Figures(4, 2, 0.2, 10, 0, 0, 0, 0, 0) for name in ROLES}
     seen = observed(before, after, ROLES, 10)
     assert seen.prefill_wait_s == 2.0
     assert seen.itl_s == pytest.approx(0.02)
@@ -139,6 +143,32 @@ def test_a_queue_that_nobody_leaves_is_as_long_as_the_window_and_longer() -> Non
     stuck = {**idle, "prefill-0": replace(NOTHING, waiting=3)}
     assert observed(idle, stuck, ROLES, 10).prefill_wait_s == 30
     assert observed(idle, idle, ROLES, 10) == Observed(2, 1, 0, 0, 0, 0)
+
+
+@given(st.floats(0, 100), st.integers(0, 300), st.integers(0, 300))
+def test_a_wait_for_memory_is_shared_out_whole(wait: float, running: int, held: int) -> None:
+    decode, prefill = parted(wait, running, held)
+    assert decode + prefill == pytest.approx(wait)
+    assert min(decode, prefill) >= 0
+    assert prefill == 0 or held
+
+
+def test_memory_held_by_who_waits_for_prefill_is_prefill_s_pressure() -> None:
+    # 16 places a worker, one decodes, 15 wait for their prompt, and behind them a queue for places: prefill is what lacks.
+    rule = Rule(1.0, 0.1)
+    idle = dict.fromkeys(("prefill-0", "decode-0", "decode-1"), NOTHING)
+    roles = {name: name.split("-")[0] for name in idle}
+    stuck = replace(NOTHING, queued=5, gap_s=0.4, gaps=20, prealloc=30, held=15, running=1, usage=0.9, most=16)
+    seen = observed(idle, {"prefill-0": replace(NOTHING, queued=10, waiting=2), "decode-0": stuck, "decode-1": stuck}, roles, 5)
+    assert seen.decode_full < 0.1
+    assert seen.decode_wait_s < 2 < seen.prefill_wait_s
+    decoding = replace(stuck, held=0, running=16)
+    full = observed(idle, {"prefill-0": replace(NOTHING, queued=10), "decode-0": decoding, "decode-1": decoding}, roles, 5)
+    assert full.prefill_wait_s == 0
+    assert full.decode_wait_s == 30
+    assert pressures(rule, full)[1] > 1
+    quick = {name: replace(own, prealloc=2) for name, own in (("decode-0", stuck), ("decode-1", stuck))}
+    assert wish(rule, observed(idle, {"prefill-0": replace(NOTHING, queued=10, waiting=2), **quick}, roles, 5)) == "prefill"
 
 
 def plan(prefill: int, decode: int, prefill_gpus: int = 1, decode_gpus: int = 1, **more: Any) -> dict[str, Any]:

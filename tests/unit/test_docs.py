@@ -218,3 +218,14 @@ def test_the_page_has_every_variable_once_with_its_default() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", (REPO / "docs" / "variables.md").read_text(), re.M)
     assert [name for name, _, _ in rows] == [v.name for scope in SCOPES for v in VARIABLES.values() if v.scope == scope]
     assert {name: default for name, _, default in rows}["worker_port_base"] == "`30000`"
+
+
+@pytest.mark.parametrize(
+    ("heading", "folder"), [("pdlib", "library/module_utils/pdlib"), ("pdbench", "bench/pdbench")], ids=["pdlib", "pdbench"]
+)
+def test_the_map_of_modules_names_each_once(heading: str, folder: str) -> None:
+    page = (REPO / "docs" / "architecture.md").read_text()
+    table = page.split(f"### {heading}, by job\n")[1].split("\n\n")[0]
+    there = {path.stem for path in (REPO / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    known = [name for name in re.findall(r"`(\w+)`", table) if name in there]
+    assert sorted(known) == sorted(there - {"__init__", "__main__"})

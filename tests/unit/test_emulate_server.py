@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
+import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,9 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from pdbench.emulate.config import WorkerConfig
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.handshake import Timeouts
+from pdbench.emulate.job import Job
 from pdbench.emulate.server import Server
 from pdbench.model import profile
 
@@ -462,3 +466,35 @@ async def test_a_worker_dies_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch)
         killed.clear()
         assert (await answer(client, "/emulated/fault", {"kind": "die"}))[0] == 200
         await until(lambda: killed == [9])
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("role", ["aggregated", "prefill", "decode"])
+async def test_an_ended_request_is_gone_without_the_collector(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    kept: list[weakref.ref[Job]] = []
+    start = Engine.start
+
+    def started(engine: Engine, *given: Any) -> Job:
+        job = start(engine, *given)
+        kept.append(weakref.ref(job))
+        return job
+
+    monkeypatch.setattr(Engine, "start", started)
+    alone = {} if role == "aggregated" else {"bootstrap_host": "2.2.2.2", "bootstrap_port": 8998, "bootstrap_room": 0}
+    async with serving(config(role=role)) as (server, client):
+        gc.collect()
+        gc.disable()
+        try:
+            for stream in (True, False):
+                body = {"text": "a b c", "sampling_params": {"max_new_tokens": 3}, "stream": stream, **alone}
+                assert (await answer(client, "/generate", body))[0] == 200
+            if role != "prefill":  # whose answer is one token
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(answer(client, "/generate", {**LONG, **alone}), 0.2)
+                await until(lambda: server.engine.requests == 0)
+            await until(lambda: all(job() is None for job in kept))
+        finally:
+            gc.enable()
+    assert len(kept) == (2 if role == "prefill" else 3)

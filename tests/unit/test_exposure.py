@@ -22,7 +22,7 @@ ROUTERS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
 #: Flags at which a server listens, whatever their default is.
 LISTENS = {"--host", "--prometheus-host"}
 #: Where the word stands to be recognised or, on a person's command line, asked for.
-KNOWS = {"processes.py", "doctor_look.py", "doctor_reach.py", "doctor_exposure.py", "share_options.py", "selfcheck/cli.py"}
+KNOWS = {"processes.py", "doctor_look.py", "doctor_reach.py", "doctor_exposure.py", "share_options.py"}
 
 
 @functools.cache

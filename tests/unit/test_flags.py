@@ -27,10 +27,6 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flags.FlagTable:
     return flags.load("sglang", "0.5.23")
 
 
-def canonical(table: flags.FlagTable, **args: Any) -> dict[str, Any]:
-    return flags.canonical(table, args, "engine_args (host n1)", OWNED)
-
-
 def test_every_spelling_becomes_the_engines_long_one(table: flags.FlagTable) -> None:
     for spelling in ("page-size", "page_size", "--page-size", "--page_size"):
         assert flags.canonical(table, {spelling: 16}, "w", OWNED) == {"page-size": 16}

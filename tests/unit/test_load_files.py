@@ -179,6 +179,11 @@ def test_stages_are_load_points_with_the_same_requests(tmp_path: Path) -> None:
     assert sent.loads[2].measured()[-1].due_s < 10  # type: ignore[operator]
 
 
+def test_a_batch_is_one_point_with_a_slot_for_every_request() -> None:
+    (load,) = loads("--batch", "9000", "--isl", "4000", "--osl", "100").loads
+    assert (load.concurrency, load.count, len(load.measured())) == (9000, 9000, 9000)
+
+
 def test_the_command_line_comes_first(tmp_path: Path) -> None:
     path = file(tmp_path, "isl: 16\nosl: 8\nseed: 3\nprefix_len: 5\nstages: [{concurrency: 2, num_requests: 4}]\nnum_requests: 7")
     assert [p.concurrency for p in loads("--load", path).loads] == [2]

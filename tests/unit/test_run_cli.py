@@ -128,3 +128,9 @@ def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-m", "pdbench", "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("option", ["--recover", "--share", "--meet", "--meet-key"])
+def test_a_profile_takes_no_option_that_does_nothing_there(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", option, "x"]) == 2
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err

@@ -21,7 +21,6 @@ FILE = REPO / "tests" / "scenario_coverage.yml"
 TEXTS = "PD_SCENARIO_TEXTS"
 KINDS = {"command", "flag", "variable", "config", "figure", "metric", "troubleshooting", "step"}
 ALWAYS = ("text", "lines", "kind", "item", "meaning", "here")
-ISSUES = range(3, 13)
 #: What can be found in a text without understanding it: flags, variables, scripts, metrics in backticks, two endpoints.
 WORD = re.compile(
     r"(?<![\w-])(?:--|\u2013)[a-z][a-z0-9-]+|\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b|\b[\w/.-]+\.(?:sh|py)\b"
@@ -56,22 +55,20 @@ def names_in(path: str) -> frozenset[str]:
 def wrong_row(row: Json, texts: Json) -> list[str]:
     """Return what is wrong with one row by itself."""
     said = f"{row.get('text')} {row.get('item')!r}"
-    outcome = {"test", "reason", "issue"} & row.keys()
-    allowed = {*ALWAYS, *outcome} | ({"missing"} if "issue" in row else set())
+    outcome = {"test", "reason"} & row.keys()
+    allowed = {*ALWAYS, *outcome}
     wrong = [f"{said}: {name} is empty" for name in (*ALWAYS, *allowed) if not row.get(name)]
     wrong += [f"{said}: {name} is not a key here" for name in row.keys() - allowed]
-    words = [name for name in (*ALWAYS, "reason", "missing") if name in row]
+    words = [name for name in (*ALWAYS, "reason") if name in row]
     wrong += [
         f"{said}: {name} is no text" for name in words if not str(row[name] or "").strip() or not isinstance(row[name], str)
     ]
     if len(outcome) != 1:
-        wrong.append(f"{said}: exactly one of test, reason and issue")
+        wrong.append(f"{said}: exactly one of test and reason")
     if row.get("text") not in texts:
         wrong.append(f"{said}: there is no such text")
     if row.get("kind") not in KINDS:
         wrong.append(f"{said}: kind is one of {sorted(KINDS)}")
-    if "issue" in row and (type(row["issue"]) is not int or row["issue"] not in ISSUES):
-        wrong.append(f"{said}: issue is one of 3 to 12")
     if "reason" in row and not re.fullmatch(r"not reproducible: .{20,}", str(row["reason"])):
         wrong.append(f"{said}: a reason is `not reproducible: ` and why")
     for name in row.get("test") or []:
@@ -162,9 +159,7 @@ def _call_it_prose(record: Json) -> None:
         (_set("test", lines="5, 3"), "do not rise"),
         (_set("test", note="more"), "note is not a key here"),
         (_set("reason", reason="not reproducible: no"), "and why"),
-        (_set("issue", issue=13), "issue is one of"),
-        (_set("issue", issue="5"), "issue is one of"),
-        (_drop("issue", "missing"), "missing is empty"),
+        (_set("test", issue=5), "issue is not a key here"),
         (lambda record: record["rows"].pop() and None, "is nowhere|in no row's item"),
         (lambda record: record["texts"]["001"].update(lines=238), "line 238 is nowhere"),
         (lambda record: record["texts"]["001"].update(lines=236), "there is no line 237"),

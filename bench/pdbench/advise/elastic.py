@@ -12,7 +12,7 @@ from pdbench.model.cluster import Deployment, Outcome, Prompt, Role, Simulation
 from pdbench.model.profile import Profile
 from pdbench.model.scheduler import Worker
 from pdbench.sweep import checkout as checkout  # pdlib comes from there
-from pdlib.autoscale import Controller, Move, Observed
+from pdlib.autoscale import Controller, Figures, Move, Observed, parted
 
 #: the driver looks this often whether a worker has drained, in s
 LOOK_S = 1.0
@@ -150,14 +150,16 @@ class Elastic(Simulation):
         front = self._since("front", decoding, lambda w: w.front_end)
         joined = self._since("joined", decoding, lambda w: w.requests)
         queue = sum(worker.states["waiting"] for worker in computing)
+        running, held = (sum(worker.states[state] for worker in decoding) for state in ("running", "transfer"))
         prealloc = sum(worker.states["prealloc"] for worker in decoding)
-        full = [max(w.used / w.limits.capacity, w.states["running"] / w.limits.max_running) for w in decoding]
+        memory, behind = parted(prealloc / max(joined, 1.0) * window, running, held)
+        full = [_full(worker) for worker in decoding]
         return Observed(
             prefill=len(computing),
             decode=len(decoding),
             # Little's law for those that still wait, and the waits of those that went on
-            prefill_wait_s=max(waited / started if started else 0.0, queue / max(started, 1.0) * window),
-            decode_wait_s=prealloc / max(joined, 1.0) * window,
+            prefill_wait_s=max(waited / started if started else 0.0, queue / max(started, 1.0) * window) + behind,
+            decode_wait_s=memory,
             itl_s=decode_s / steps if steps else 0.0,
             decode_full=max([*full, front / window / len(decoding)]),
         )
@@ -173,3 +175,10 @@ class Elastic(Simulation):
             grown += now - self._before.get(key, 0.0)
             self._before[key] = now
         return grown
+
+
+def _full(worker: Worker) -> float:
+    """Return how full of decoding a worker is, as the live rule reads it."""
+    states, limits = worker.states, worker.limits
+    said = Figures(0, 0, 0, 0, 0, 0, states["transfer"], states["running"], worker.used / limits.capacity, limits.max_running)
+    return said.full

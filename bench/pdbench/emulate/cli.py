@@ -180,7 +180,7 @@ async def _serve(config: WorkerConfig) -> None:
             # What is there now stays; the collector would walk it again and again, and tokens would be late meanwhile.
             gc.collect()
             gc.freeze()
-            # The young are looked at once, however many at a time; what has ended holds memory until then (3 KB a request).
+            # The young are looked at once, however many at a time: what has ended leaves no cycle behind that waits for more.
             gc.set_threshold(10_000, 500, 1000)
             log.info("ready: %s worker on %s:%d, model %s", config.role, config.host, config.port, config.model_path)
             await stopping

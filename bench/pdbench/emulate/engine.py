@@ -316,8 +316,7 @@ class Engine:
         moment = now()
         for event in self.worker.advance(moment):
             job = event.request.tag
-            assert isinstance(job, Job)
-            if job.done.done():
+            if not isinstance(job, Job) or job.done.done():
                 continue
             if event.kind == "sent":
                 self._note_sent(job, event)
@@ -333,8 +332,8 @@ class Engine:
     def _hand_over(self, tokens: list[Token]) -> None:
         late, itl = self.metrics.lateness.observe, self.metrics.itl.observe
         for due, request, number in tokens:
-            job: Job = request.tag  # type: ignore[assignment]
-            if job.over:
+            job: Job | None = request.tag  # type: ignore[assignment]
+            if job is None or job.over:
                 continue
             last = number == job.tokens - 1
             if job.sink is not None:
@@ -401,6 +400,9 @@ class Engine:
     def _book(self, job: Job) -> None:
         """Keep SGLang's books: they are written when a request ends, however it ends."""
         self._jobs.pop(id(job), None)
+        if job.request:
+            # They hold each other, and the collector comes too seldom (cli.py) for a worker that serves for hours.
+            job.request.tag = None
         self._leave_room(job, "the prefill worker is done")
         if job.timer:
             job.timer.cancel()

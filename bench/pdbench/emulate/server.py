@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 
 from aiohttp import web
 
@@ -19,8 +18,6 @@ from pdbench.emulate.job import now
 from pdbench.emulate.profiling import Profiler
 
 __all__ = ["VERSION", "CannotListenError", "Server"]
-
-log = logging.getLogger("pdbench.emulate")
 
 MAX_BODY_BYTES = 256 * 2**20
 

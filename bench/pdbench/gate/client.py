@@ -40,7 +40,7 @@ def state(run: RunData) -> Check:
     return Check("complete", True, None, f"the run came to its end ({measured} load points)", evidence)
 
 
-def _late(run: RunData, point: Point, name: str, what: str, found: Stats | None, bound: float) -> Check:
+def _late(point: Point, name: str, what: str, found: Stats | None, bound: float) -> Check:
     """Judge a p99 of the client, ms; latencies are compared with it at the same percentile."""
     p99 = (found or {}).get("p99")
     evidence: dict[str, Any] = {"measured_ms": found, "bound_ms": bound}
@@ -61,14 +61,14 @@ def lag(run: RunData, point: Point) -> Check:
     """What arrived was read soon: what comes in one read has one stamp, and the next request waits for it."""
     found = point.client.get("loop_lag_ms")
     measured = found if isinstance(found, dict) else None
-    return _late(run, point, "client-loop", "read delay of the client", measured, run.bounds.loop_lag_ms)
+    return _late(point, "client-loop", "read delay of the client", measured, run.bounds.loop_lag_ms)
 
 
 def lateness(run: RunData, point: Point) -> Check:
     """Requests went out when they were due."""
     waits = (1000 * (r.sent_s - r.scheduled_s) for r in point.records)
     late = stats(wait for wait in waits if not math.isnan(wait))
-    return _late(run, point, "client-on-time", "sending after a request was due", late, run.bounds.lateness_ms)
+    return _late(point, "client-on-time", "sending after a request was due", late, run.bounds.lateness_ms)
 
 
 def load(run: RunData, point: Point) -> Check:

@@ -66,11 +66,6 @@ class RadixCache:
         self.root = Node(b"", None, 0)
         self.total = self.locked = 0
 
-    @property
-    def evictable(self) -> int:
-        """Return the tokens that could be given up."""
-        return self.total - self.locked
-
     def match(self, prompt: bytes) -> tuple[Node, int]:
         """Return where the longest known prefix ends, and its length in tokens."""
         node, at, now = self.root, 0, next(self._ticks)

@@ -97,7 +97,7 @@ def _in_flight(load: Load) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = run.parser()
+    p = run.parser(profiled=True)
     p.prog = "pdbench profile"
     p.description = "Send a load and record some forward steps of one role with the engine's own profiler."
     p.epilog = f"""{load_options.HELP}

@@ -80,8 +80,8 @@ def _recover(path: Path) -> int:
     return 3
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser; `pdbench profile` adds to it."""
+def parser(profiled: bool = False) -> argparse.ArgumentParser:
+    """Return the parser; ``profiled``: for `pdbench profile`, which adds to it and is one client that nothing recovers."""
     p = load_options.Parser(
         prog="pdbench run",
         description="Load an endpoint, record every request, summarise.",
@@ -125,7 +125,10 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--processes", type=int, default=1, metavar="N", help="sending processes (default: 1)")
     add_arguments(p)
-    share_options.add_arguments(p)
+    if profiled:
+        p.set_defaults(share=None, meet=None, meet_key=None)
+    else:
+        share_options.add_arguments(p)
     judge = p.add_argument_group("judgement")
     judge.add_argument(
         "--verify-outputs",
@@ -141,7 +144,10 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--min-delivered", type=float, default=0.9, metavar="SHARE", help="client bound (default: 0.9)")
     out = p.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="folder for summary.json, requests.parquet, ...")
-    out.add_argument("--recover", type=Path, metavar="DIR", help="make summary.json of a run that was killed, and nothing else")
+    if not profiled:
+        out.add_argument(
+            "--recover", type=Path, metavar="DIR", help="make summary.json of a run that was killed, and nothing else"
+        )
     return p
 
 

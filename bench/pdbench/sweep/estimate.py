@@ -8,8 +8,6 @@ from typing import Any
 from pdbench.sweep.order import Cost
 from pdlib import bench_load
 
-Json = dict[str, Any]
-
 #: Assumed until something was measured: seconds for one output token of one request and for one token of its prompt, ...
 TOKEN_S, PROMPT_TOKEN_S = 0.015, 0.0001
 #: ... for what bench.yml does around the load (warm-up, selfcheck, fetching, report), for a deploy that restarts nothing, ...

@@ -24,7 +24,6 @@ RULES = {
     "saturated or short run, or figures of another tool that no gate has checked",
     "X": "invalid in every repeat, or not measured: in no figure and in no comparison",
 }
-LETTERS = tuple(RULES)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ _SAMPLE = re.compile(r"^([a-z_]+:[a-zA-Z0-9_]+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", r
 class Observed:
     """One window. ``prefill``, ``decode``: workers that take requests.
 
-    ``prefill_wait_s``: how long prompts wait for prefill; ``decode_wait_s``: for memory or a place on a decode worker;
-    ``itl_s``: mean gap between tokens; ``decode_full``: the share of what decode workers have at most (KV memory, running
-    requests, front-end process), the fullest counts.
+    ``prefill_wait_s``: how long prompts wait for prefill; ``decode_wait_s``: for memory or a place on a decode worker, as far as
+    those that decode hold it (:func:`parted`); ``itl_s``: mean gap between tokens; ``decode_full``: the share that those hold of
+    what decode workers have at most (KV memory, running requests, front-end process), the fullest counts.
     """
 
     prefill: int
@@ -112,8 +112,9 @@ class Figures:
     """What a worker says at one moment.
 
     Counters since its start: ``queued`` requests that waited ``queue_s`` in all before their first forward pass (prefill) or
-    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all. Gauges: requests that are ``waiting`` for that, or for
-    memory of the KV cache (``prealloc``); ``full``: the share of what it has at most (memory, running requests) that is in use.
+    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all. Gauges, in requests: ``waiting`` for that, or for memory
+    of the KV cache (``prealloc``), ``held``: have memory, and their prompt is not there yet, ``running``; ``usage``: the share of
+    that memory that is taken; ``most``: requests that run at most, 0 where that is not known.
     """
 
     queue_s: float
@@ -122,7 +123,20 @@ class Figures:
     gaps: float
     waiting: float
     prealloc: float
-    full: float
+    held: float
+    running: float
+    usage: float
+    most: float = 0.0
+
+    @property
+    def decoding(self) -> float:
+        """Return the share of those who hold memory that decode: the others wait for prefill."""
+        return self.running / (self.running + self.held) if self.held else 1.0
+
+    @property
+    def full(self) -> float:
+        """Return how full of decoding it is, 0 to 1."""
+        return max(self.usage * self.decoding, self.running / self.most if self.most else 0.0)
 
 
 #: by figure the samples that hold it, the first that is shown counts; SGLang 0.5.23 srt/observability/metrics_collector.py, vLLM
@@ -134,6 +148,7 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "gaps": ("sglang:inter_token_latency_seconds_count", "vllm:inter_token_latency_seconds_count"),
     "waiting": ("sglang:num_queue_reqs", "vllm:num_requests_waiting"),
     "prealloc": ("sglang:num_decode_prealloc_queue_reqs",),
+    "held": ("sglang:num_decode_transfer_queue_reqs",),
     "running": ("sglang:num_running_reqs", "vllm:num_requests_running"),
     "usage": ("sglang:token_usage", "vllm:kv_cache_usage_perc"),
 }
@@ -154,13 +169,8 @@ def read(page: str, most_running: Optional[int] = None) -> Optional[Figures]:
     if not given["running"]:
         return None
     flat = {figure: sum(values) for figure, values in given.items()}
-    running = flat["running"] / most_running if most_running else 0.0
-    if not all(math.isfinite(value) for value in flat.values()):
-        return None
-    return Figures(
-        **{figure: flat[figure] for figure in ("queue_s", "queued", "gap_s", "gaps", "waiting", "prealloc")},
-        full=max([running, *given["usage"]]),
-    )
+    flat["usage"] = max(given["usage"], default=0.0)
+    return Figures(**flat, most=float(most_running or 0)) if all(math.isfinite(value) for value in flat.values()) else None
 
 
 def most_running(loads: str) -> Optional[int]:
@@ -185,15 +195,23 @@ def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles:
 
     started, joined, gaps = total(prefill, "queued"), total(decode, "queued"), total(decode, "gaps")
     still = sum(after[name].waiting for name in prefill)
-    memory = sum(after[name].prealloc for name in decode)
+    wait = sum(after[name].prealloc for name in decode) / max(joined, 1.0) * window_s
+    memory, behind = parted(wait, sum(after[name].running for name in decode), sum(after[name].held for name in decode))
     return Observed(
         prefill=len(prefill),
         decode=len(decode),
-        prefill_wait_s=max(total(prefill, "queue_s") / started if started else 0.0, still / max(started, 1.0) * window_s),
-        decode_wait_s=memory / max(joined, 1.0) * window_s,
+        prefill_wait_s=max(total(prefill, "queue_s") / started if started else 0.0, still / max(started, 1.0) * window_s)
+        + behind,
+        decode_wait_s=memory,
         itl_s=total(decode, "gap_s") / gaps if gaps else 0.0,
         decode_full=max((after[name].full for name in decode), default=0.0),
     )
+
+
+def parted(wait_s: float, running: float, held: float) -> Tuple[float, float]:
+    """Return a wait for memory in two parts: for those who decode, and for those who hold memory while they wait for prefill."""
+    share = running / (running + held) if held else 1.0
+    return wait_s * share, wait_s * (1 - share)
 
 
 def _grown(before: Optional[Figures], after: Figures) -> Dict[str, float]:

@@ -18,8 +18,6 @@ from . import processes
 from . import units as render
 from .errors import UserError
 
-Json = Dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Status:

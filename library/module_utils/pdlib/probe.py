@@ -47,7 +47,7 @@ def ends(plan: Mapping[str, Any], locks: Mapping[str, str]) -> Dict[str, List[Js
         for rank in worker["ranks"]:
             slots: List[Optional[int]] = [None] if plan["on_cpu"] or not rank["gpus"] else list(range(len(rank["gpus"])))
             for slot in slots:
-                end = _end(plan, worker, rank, slot, locks)
+                end = _end(worker, rank, slot, locks)
                 same = known.setdefault(end["key"], end)
                 if worker["name"] not in same["workers"]:
                     same["workers"].append(worker["name"])
@@ -55,7 +55,7 @@ def ends(plan: Mapping[str, Any], locks: Mapping[str, str]) -> Dict[str, List[Js
     return found
 
 
-def _end(plan: Mapping[str, Any], worker: Json, rank: Json, slot: Optional[int], locks: Mapping[str, str]) -> Json:
+def _end(worker: Json, rank: Json, slot: Optional[int], locks: Mapping[str, str]) -> Json:
     host, argv = rank["host"], rank["argv"]
     gpu = None if slot is None else rank["gpus"][slot]
     flag = "--disaggregation-ib-device"

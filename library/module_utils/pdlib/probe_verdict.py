@@ -9,7 +9,7 @@ Json = Dict[str, Any]
 #: transfer backend -> the package that it needs, and what to read of its log
 LIBRARIES = {"nixl": "nixl", "mooncake": "mooncake", "mooncake_tcp": "mooncake"}
 _NAMES = {"nixl": "NIXL", "mooncake": "Mooncake", "mooncake_tcp": "Mooncake"}
-#: UCX's transports by what DESIGN calls them; the first that a path has is what it is.
+#: UCX's transports by what a plan calls them (``expected_transport``); the first that a path has is what it is.
 _UCX = (
     ("cuda_ipc", re.compile(r"cuda_ipc|rocm_ipc|ze_ipc")),
     ("rdma", re.compile(r"(rc|dc|ud|gga)(_\w+)?|srd")),

@@ -575,7 +575,13 @@ def _table() -> Dict[str, Variable]:
             unit="s",
         ),
         v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
-        v("manifest", "dict", {}, VERB, "What a run's manifest.json records beside its variables; read by nobody."),
+        v(
+            "manifest",
+            "dict",
+            {},
+            VERB,
+            "What a run's manifest.json records beside its variables; only its schema number is looked at.",
+        ),
     ]
     return {row.name: row for row in rows}
 
