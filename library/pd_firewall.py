@@ -39,7 +39,7 @@ closed:
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import firewall_host
 from ansible.module_utils.pdlib.errors import UserError
-from ansible.module_utils.pdlib.reconcile import claim
+from ansible.module_utils.pdlib.folders import claim
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ import sys
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.pdlib import model_host
 from ansible.module_utils.pdlib.errors import UserError
-from ansible.module_utils.pdlib.reconcile import Outcome
+from ansible.module_utils.pdlib.steps import Outcome
 
 #: how long it is served to nobody
 _IDLE_S = 900.0

@@ -55,8 +55,9 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import drain, gateway, keys, reconcile
+from ansible.module_utils.pdlib import drain, gateway, keys
 from ansible.module_utils.pdlib.errors import UserError
+from ansible.module_utils.pdlib.steps import Outcome
 
 
 def main() -> None:
@@ -108,15 +109,15 @@ def main() -> None:
     )
 
 
-def leave(router: gateway.Gateway, plan: Dict[str, Any], names: List[str], check: bool) -> reconcile.Outcome:
+def leave(router: gateway.Gateway, plan: Dict[str, Any], names: List[str], check: bool) -> Outcome:
     """Take workers out of the router and wait until they have nothing left to do."""
     if not names:
-        return reconcile.Outcome(done=True)
+        return Outcome(done=True)
     staying = [gateway.member_of(worker) for worker in plan["workers"] if worker["name"] not in names]
     known = router.members()
     if known is None and not check:
         time.sleep(1.0)
-        return reconcile.Outcome(message=f"waiting for the router at {router.url}")
+        return Outcome(message=f"waiting for the router at {router.url}")
     if gateway.difference(known or [], staying).remove:
         router.check_floor(staying)
     outcome = router.remove_surplus(staying, check)

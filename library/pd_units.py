@@ -56,7 +56,7 @@ changes: {description: What was done., returned: always, type: list, sample: [st
 import base64
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import keys, reconcile
+from ansible.module_utils.pdlib import keys, reconcile, teardown
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     p = module.params
     try:
         if p["state"] == "absent":
-            outcome = reconcile.remove_everything(
+            outcome = teardown.remove_everything(
                 p["state_dir"], p["install_dir"], [p["service_manager"]], p["purge"], module.check_mode
             )
         else:

@@ -20,6 +20,7 @@ from pdbench import __version__, metrics
 from pdbench.gate.rundata import NotARun, Point, RunData, load
 from pdbench.records import Record, replacing
 from pdbench.report.words import verdict
+from pdbench.verbs import ends_by_code
 
 _INVALID = 3
 #: what SGLang calls the three ways to ask
@@ -29,6 +30,7 @@ _LATENCIES = {"e2e_ms": "e2e_latency", "ttft_ms": "ttft", "tpot_ms": "tpot", "it
 _SLOS = {"ttft_ms": "ttft", "tpot_ms": "tpot", "e2e_ms": "e2el"}
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when the file stands, 3 when the run is not to be believed, 1 when it cannot be made, 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -41,10 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (DIR/FORMAT.jsonl)")
     parser.add_argument("--details", action="store_true", help="every request's lengths and times, as --output-details there")
     parser.add_argument("--invalid", action="store_true", help="export the run although it is not valid")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
     try:
         run = load(args.folder)
         found = verdict(run)

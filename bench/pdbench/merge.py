@@ -25,6 +25,7 @@ from pdbench.run.share import SHARE
 from pdbench.run.summary import Json, Setup, output_of
 from pdbench.run.table import render
 from pdbench.run.watch import UNKNOWN
+from pdbench.verbs import ends_by_code
 
 #: what the first client alone asked the servers, and what all were given
 _FIRSTS = ("evidence.json", "server_metrics.parquet", "plan.json", "run.json")
@@ -52,6 +53,7 @@ class Part:
     selfcheck: dict[str, Any] = field(default_factory=dict)
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when the merged run is valid as far as the clients can see, 3 when it is not, 1 when there is nothing to merge."""
     parser = argparse.ArgumentParser(
@@ -61,10 +63,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("output", type=Path, metavar="DIR", help="folder of the merged run")
     parser.add_argument("shares", type=Path, nargs="+", metavar="SHARE", help="folders of all clients, also of those that failed")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
     try:
         summary = merge(args.output, args.shares)
     except MergeError as why:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 #: what fits into the columns of our tables; larger whole numbers are of no quantity that we know
@@ -28,6 +29,15 @@ def _whole(digits: str) -> int:
     if abs(number) > _LARGEST:
         raise ValueError(f"{digits[:20]}... is too large a number")
     return number
+
+
+def json_in(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} where there is none: what it is needed for is then left out and said so."""
+    try:
+        value = json_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def yaml_of(text: str) -> Any:

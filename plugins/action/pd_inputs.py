@@ -15,7 +15,7 @@ from ansible.plugins.action import ActionBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import keys, plan, settings  # noqa: E402
+from pdlib import keys, plan_inputs, settings  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 from pdlib.variables import VARIABLES  # noqa: E402
 
@@ -34,16 +34,16 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         variables = task_vars or {}
         groups = {name: list(hosts) for name, hosts in variables["groups"].items()}
-        hosts = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
+        hosts = list(dict.fromkeys(host for group in plan_inputs.GROUPS for host in groups.get(group, [])))
         raw = {host: dict(variables["hostvars"].raw_get(host)) for host in hosts}
         try:
-            plan.check_group_names(groups)
+            plan_inputs.check_group_names(groups)
             settings.check_inventory_names({host: self._own_names(values) for host, values in raw.items()})
         except UserError as error:
             raise AnsibleActionFail(str(error)) from None
         cases = json.loads(Path(self._task.args["cases"]).read_text())
         found = {
-            "groups": {name: groups[name] for name in plan.GROUPS},
+            "groups": {name: groups[name] for name in plan_inputs.GROUPS},
             "limit": list(variables["ansible_play_hosts_all"]) if context.CLIARGS.get("subset") else None,
             "cases": [{host: self._given(raw[host], case) for host in hosts} for case in cases],
         }

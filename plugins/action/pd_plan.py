@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import importlib.util
-import json
 import os
 import secrets
 import socket
@@ -33,13 +31,14 @@ from pdlib import (  # noqa: E402
     moves,
     plan,
     plan_file,
+    plan_files,
+    plan_inputs,
     probe,
     processes,
     profile_spec,
     settings,
     tables,
     tls,
-    transfer,
     units,
 )
 from pdlib.errors import UserError, listing  # noqa: E402
@@ -77,7 +76,7 @@ class ActionModule(ActionBase):
         if measures and not (importlib.util.find_spec("pdbench") or (ROOT / ".venv" / "bin" / "python").exists()):
             raise UserError(f"{verb}.yml reads what was measured with pdbench, which this Ansible's Python has not: make setup")
         groups = {name: list(hosts) for name, hosts in task_vars["groups"].items()}
-        ours = list(dict.fromkeys(host for group in plan.GROUPS for host in groups.get(group, [])))
+        ours = list(dict.fromkeys(host for group in plan_inputs.GROUPS for host in groups.get(group, [])))
         hostvars = task_vars["hostvars"]
         current = self._current(verb, task_vars, discovered)
         as_deployed = measures or verb in ("doctor", "rebalance")
@@ -93,7 +92,7 @@ class ActionModule(ActionBase):
             given |= {name: self._key(name, given[name], current if as_deployed else None) for name in keys.SHARED}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
-        plan.check_group_names(groups)
+        plan_inputs.check_group_names(groups)
         cluster = settings.cluster_settings(by_host)
         local = [h for h in ours if hostvars[h].get("ansible_connection") == "local"]
         settings.check_state_dirs({h: by_host[h]["state_dir"] for h in local})
@@ -107,7 +106,7 @@ class ActionModule(ActionBase):
             if by_host[host]["service_manager"] == "auto" and host in known:
                 by_host[host]["service_manager"] = known[host]["service_manager"]
         limit = context.CLIARGS.get("subset")
-        inputs = plan.Inputs(
+        inputs = plan_inputs.Inputs(
             groups=groups,
             cluster=cluster,
             hosts=by_host,
@@ -150,7 +149,7 @@ class ActionModule(ActionBase):
                 # The controller's copy may be out of date: what is wrong without it is wrong, all else is for the second
                 # look, which asks the router's host.
                 made = plan.Planner(replace(inputs, current=None)).make()
-            self._check_files(made)
+            plan_files.check(made, ROOT)
             self._trusted(cluster, made["router"]["address"])
             if verb == "rebalance":
                 facts["pd_moves"] = self._moves(current or {}, made, discovered)
@@ -196,16 +195,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _probe(made: dict[str, Any], mode: str, current: dict[str, Any] | None, limit: frozenset[str] | None) -> dict[str, Any]:
         """What the KV path probe has to do; what a host's engine is installed from is part of a path."""
-        name, locks = f"{made['engine']}-{made['engine_version']}", {}
-        for host, entry in made["hosts"].items():
-            rows = [row for row in entry["installs"] if row["name"] == name]
-            steps = [step for row in rows for step in row["requirements"]]
-            files = [ROOT / step.removeprefix("no-deps:") for step in steps]
-            # One that is not there is told of where it is installed.
-            texts = [file.read_bytes() for file in files if file.is_file()]
-            texts += [json.dumps(row["source"], sort_keys=True).encode() for row in rows if "source" in row]
-            locks[host] = hashlib.sha256(b"\0".join(texts)).hexdigest()
-        reads = engines.engine(made["engine"]).kv_reads
+        locks, reads = plan_files.locks(made, ROOT), engines.engine(made["engine"]).kv_reads
         return probe.work(made, (current or {}).get("kv_probe"), mode, limit, locks, reads)
 
     @staticmethod
@@ -246,27 +236,6 @@ class ActionModule(ActionBase):
                 f"{name}={given} has mode {path.stat().st_mode & 0o777:04o}, so others can read it: chmod 600 {given}"
             )
         return real
-
-    @staticmethod
-    def _check_files(made: dict[str, Any]) -> None:
-        """Refuse engine files that cannot be shipped (modules take them as text), and two builds of one transfer engine."""
-        for host, entry in made["hosts"].items():
-            for row in entry["installs"]:
-                steps = {step: ROOT / step.removeprefix("no-deps:") for step in row["requirements"]}
-                # One that is not there is told of where it is installed.
-                transfer.check_files(host, {step: file.read_text() for step, file in steps.items() if file.is_file()})
-            names = [Path(file).name for file in entry["files"]]
-            for file in entry["files"]:
-                if names.count(Path(file).name) > 1:
-                    raise UserError(f"host {host}: engine_files has two files of the name {Path(file).name}")
-                try:
-                    (ROOT / file).read_text(encoding="utf-8")
-                except UnicodeDecodeError:
-                    raise UserError(f"host {host}: engine_files has {file}, which is not text: give the engine JSON") from None
-                except OSError as error:
-                    raise UserError(
-                        f"host {host}: engine_files has {file}: {error.strerror} (relative to the checkout)"
-                    ) from None
 
     @staticmethod
     def _common(cluster: dict[str, Any]) -> dict[str, Any]:
@@ -372,26 +341,6 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _write(plan_dir: str, made: dict[str, Any]) -> bool:
-        folder = ROOT / plan_dir
-        wanted = {"plan.json": json.dumps(made, indent=1) + "\n"}
-        for host in made["hosts"]:
-            for name, text in units.rendered_files(made, host).items():
-                wanted[f"{host}/{name}"] = text
-        stale: set[str] = set()
-        if (folder / "plan.json").exists():
-            # Only what an earlier plan wrote here goes; everything else in the folder is the user's.
-            text = (folder / "plan.json").read_bytes().decode("utf-8", "replace")
-            old = plan_file.parse(text, f"{folder}/plan.json", "it is no earlier plan of ours; name another plan_dir")
-            stale = {f"{host}/{name}" for host in old["hosts"] for name in units.rendered_files(old, host)} - set(wanted)
-        changed = False
-        for name, text in wanted.items():
-            path = folder / name
-            if not path.exists() or path.read_text() != text:
-                changed = True
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-        for name in sorted(stale):
-            changed = changed or (folder / name).exists()
-            (folder / name).unlink(missing_ok=True)
-        display.display(f"Written: {folder}/plan.json and {len(wanted) - 1} unit files beside it\n")
+        changed, count = plan_files.write(ROOT / plan_dir, made)
+        display.display(f"Written: {ROOT / plan_dir}/plan.json and {count} unit files beside it\n")
         return changed

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import pytest
 from lab import hosts, network
 from lab.common import REPO, STATE, SWITCH, LabError, address, run
+from meanwhile import repeating
 
 T = TypeVar("T")
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
@@ -218,23 +218,17 @@ class Asked:
 @contextmanager
 def asking() -> Iterator[Asked]:
     """Send requests through the router, one after the other, for as long as the block lasts."""
-    result, stop = Asked(), threading.Event()
+    result = Asked()
 
-    def loop() -> None:
-        while not stop.wait(0.05):
-            try:
-                complete()
-                result.good += 1
-            except (OSError, LabError, ValueError) as error:
-                result.lost.append(str(error))
+    def one() -> None:
+        try:
+            complete()
+            result.good += 1
+        except (OSError, LabError, ValueError) as error:
+            result.lost.append(str(error))
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
+    with repeating(one, 0.05):
         yield result
-    finally:
-        stop.set()
-        thread.join(40)
 
 
 def forget(pd: Controller) -> None:

@@ -18,7 +18,10 @@ import toolbox
 
 from pdlib import processes
 from pdlib.errors import UserError
-from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
+from pdlib.folders import claim
+from pdlib.reconcile import Reconciler
+from pdlib.steps import Outcome
+from pdlib.teardown import remove_everything
 from pdlib.units import socket_path
 
 #: Serves its process id on 127.0.0.1; whatever follows the port is for the test to look at.

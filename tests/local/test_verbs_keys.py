@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import secrets
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from local.conftest import Checkout
+from meanwhile import repeating
 
 LOAD = ("-e", "bench_concurrency=4", "-e", "bench_num_requests=24", "-e", "bench_output_len=16")
 #: no GPU is free, so that a worker must change its role
@@ -31,25 +31,19 @@ SWITCH = (
 @contextmanager
 def command_lines(keys: list[str]) -> Iterator[list[str]]:
     """Look at every command line of this machine for as long as the block lasts; yields those that show a key."""
-    shown, stop = list[str](), threading.Event()
+    shown = list[str]()
 
     def look() -> None:
-        while not stop.wait(0.05):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    line = path.read_bytes()
-                except OSError:
-                    continue
-                if any(key.encode() in line for key in keys):
-                    shown.append(line.replace(b"\0", b" ").decode(errors="replace"))
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes()
+            except OSError:
+                continue
+            if any(key.encode() in line for key in keys):
+                shown.append(line.replace(b"\0", b" ").decode(errors="replace"))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    with repeating(look, 0.05, 10):
         yield shown
-    finally:
-        stop.set()
-        thread.join(10)
 
 
 def text_of(path: Path) -> bytes:

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from local.conftest import Checkout
+from meanwhile import repeating
 
 
 @contextmanager
 def asking(checkout: Checkout) -> Iterator[list[str]]:
     """Send requests through the router for as long as the block lasts; yields "" for each answer, else why there was none."""
-    told, stop = list[str](), threading.Event()
+    told = list[str]()
     model = json.loads((checkout.state("a100") / "plan.json").read_text())["served_model_name"]
     body = {"model": model, "prompt": "once upon a time", "max_tokens": 8, "ignore_eos": True}
 
-    def loop() -> None:
-        while not stop.wait(0.02):
-            try:
-                answer = checkout.ask("/v1/completions", body)
-                told.append("" if answer["usage"]["completion_tokens"] == 8 else f"not all tokens: {answer}")
-            except OSError as error:
-                told.append(str(error))
+    def one() -> None:
+        try:
+            answer = checkout.ask("/v1/completions", body)
+            told.append("" if answer["usage"]["completion_tokens"] == 8 else f"not all tokens: {answer}")
+        except OSError as error:
+            told.append(str(error))
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
+    with repeating(one, 0.02):
         yield told
-    finally:
-        stop.set()
-        thread.join(40)
 
 
 def roles(checkout: Checkout) -> list[str]:

@@ -20,13 +20,16 @@ from aiohttp import web
 from emulated_workers import free_port
 
 from pdbench.emulate.asks import Item
-from pdbench.emulate.engine import Engine, Job, Role, WorkerConfig, now
+from pdbench.emulate.config import Role, WorkerConfig
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.handshake import Timeouts, bootstrap_app
+from pdbench.emulate.job import Job, now
 from pdbench.emulate.text import prompt_of
 from pdbench.model import cluster, profile
 from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Request, Token, Worker
+from pdbench.model.requests import Request, Token
+from pdbench.model.scheduler import Worker
 
 Calls = list[tuple[str, float, tuple[Any, ...]]]
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from local.conftest import REPO, Checkout, Play
@@ -62,6 +62,31 @@ def extra(variables: Mapping[str, object]) -> list[str]:
     return ["-e", json.dumps(dict(variables))]
 
 
+class Deployment(Protocol):
+    """A checkout, and how its deployment is reached by verbs."""
+
+    checkout: Checkout
+
+    def play(self, verb: str, *arguments: str) -> Play: ...
+
+
+def checkout() -> Checkout:
+    """A checkout of its own, in a folder that goes with the deployment."""
+    return Checkout(Path(tempfile.mkdtemp(prefix="pd-real-")))
+
+
+@contextlib.contextmanager
+def standing(made: Deployment) -> Iterator[None]:
+    """Deploy for as long as the block lasts; then nothing of it is left, the checkout's folder included."""
+    try:
+        made.play("deploy_pd.yml").good()
+        yield
+    finally:
+        made.play("teardown.yml")
+        processes.kill([int(line.split()[0]) for line in made.checkout.processes()], 5)
+        shutil.rmtree(made.checkout.folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def deployed(*options: str) -> Iterator[Real]:
     """1p1d, deployed with these words beside; skips where the engine cannot run."""
@@ -71,13 +96,7 @@ def deployed(*options: str) -> Iterator[Real]:
         pytest.skip("libibverbs is not installed (tools/real_packages.sh)")
     if not (REPO / ".pd" / "tiny-model" / "config.json").exists():
         pytest.skip("no model: make tiny-model")
-    folder = Path(tempfile.mkdtemp(prefix="pd-real-"))
-    made = Real(Checkout(folder))
+    made = Real(checkout())
     made.options += options
-    try:
-        made.play("deploy_pd.yml").good()
+    with standing(made):
         yield made
-    finally:
-        made.play("teardown.yml")
-        processes.kill([int(line.split()[0]) for line in made.checkout.processes()], 5)
-        shutil.rmtree(folder, ignore_errors=True)

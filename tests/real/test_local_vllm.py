@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from typing import Any
 import pytest
 from local.conftest import REPO, Checkout, Play
 from real import helpers
-
-from pdlib import processes
+from real.deployment import checkout, standing
 
 OUTPUT_TOKENS = 16
 LENGTHS = (40, 128, 333, 700)
@@ -62,15 +59,9 @@ def real() -> Iterator[Real]:
         pytest.skip("the engine's CPU requirements are tried on Python 3.11 and x86_64")
     if not (REPO / ".pd" / "tiny-model" / "config.json").exists():
         pytest.skip("no model: make tiny-model")
-    folder = Path(tempfile.mkdtemp(prefix="pd-real-"))
-    made = Real(Checkout(folder))
-    try:
-        made.play("deploy_pd.yml").good()
+    made = Real(checkout())
+    with standing(made):
         yield made
-    finally:
-        made.play("teardown.yml")
-        processes.kill([int(line.split()[0]) for line in made.checkout.processes()], 5)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def text(url: str, prompt: list[int]) -> str:

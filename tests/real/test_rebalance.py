@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import yaml
 from local.conftest import REPO
+from meanwhile import repeating
 from real import helpers
 from real.deployment import KEY, Real, deployed, extra
 
@@ -44,24 +44,18 @@ class Told:
 
 @contextmanager
 def asking(real: Real) -> Iterator[Told]:
-    told, stop = Told(), threading.Event()
+    told = Told()
 
-    def loop() -> None:
-        while not stop.wait(0.1):
-            started = time.monotonic()
-            try:
-                told.answers.append(real.greedy(PROMPTS, 8))
-            except Exception as error:  # whatever it is, a client lost a request
-                told.lost.append(f"{type(error).__name__}: {error}")
-            told.longest = max(told.longest, time.monotonic() - started)
+    def one() -> None:
+        started = time.monotonic()
+        try:
+            told.answers.append(real.greedy(PROMPTS, 8))
+        except Exception as error:  # whatever it is, a client lost a request
+            told.lost.append(f"{type(error).__name__}: {error}")
+        told.longest = max(told.longest, time.monotonic() - started)
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
+    with repeating(one, 0.1, 120):
         yield told
-    finally:
-        stop.set()
-        thread.join(120)
 
 
 def pids(real: Real) -> dict[str, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pdlib import settings
-from pdlib.plan import Inputs, make_plan
+from pdlib.plan import make_plan
+from pdlib.plan_inputs import Inputs
 
 Json = dict[str, Any]
 #: A key that is found wherever it leaks to.

@@ -21,7 +21,8 @@ from pdbench.metrics import Slo
 from pdbench.model import profile
 from pdbench.model.cluster import Prompt, Simulation, deployment
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Limits, Worker
+from pdbench.model.requests import Limits
+from pdbench.model.scheduler import Worker
 from pdlib.autoscale import Controller, Move, Observed, Rule, pressures, wish
 
 TINY = profile.load("tiny")

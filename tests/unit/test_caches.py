@@ -12,7 +12,9 @@ from unit.test_reconcile import B, home, unit
 
 from pdlib import accounts, caches, units
 from pdlib.errors import UserError
-from pdlib.reconcile import Reconciler, claim, remove_everything
+from pdlib.folders import claim
+from pdlib.reconcile import Reconciler
+from pdlib.teardown import remove_everything
 
 __all__ = ["home"]
 SOMEBODY = "nobody"

@@ -17,8 +17,10 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from pdbench.emulate.engine import Engine, Job, WorkerConfig
+from pdbench.emulate.config import WorkerConfig
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.handshake import Timeouts
+from pdbench.emulate.job import Job
 from pdbench.emulate.server import Server
 from pdbench.model import profile
 

@@ -11,7 +11,8 @@ from unit.runfolder import good
 from pdbench.gate.rundata import load
 from pdbench.gate.transport import transport
 from pdlib.errors import UserError
-from pdlib.fabric import Link, choose_backend, expected_transport, forces_tcp
+from pdlib.fabric import Link
+from pdlib.fabric_ways import choose_backend, expected_transport, forces_tcp
 
 ENGINE = ("nixl", "mooncake", "mooncake_tcp")
 IB, IB2 = Link("infiniband", ("mlx5_0",)), Link("infiniband", ("mlx5_3",))

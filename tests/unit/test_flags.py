@@ -14,7 +14,7 @@ from unit.plans import write_flag_tables
 
 from pdlib import engines, flags
 from pdlib.errors import UserError
-from pdlib.fabric import IB_DEVICE, Setting
+from pdlib.fabric_mask import IB_DEVICE, Setting
 
 SHIPPED = sorted(Path(flags.__file__).with_name("flags").glob("*.json"))
 OWNED = {"port": "worker_port_base", "tp-size": "tensor_parallel_size"}

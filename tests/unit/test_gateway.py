@@ -17,7 +17,7 @@ from unit.plans import host, plan
 from pdlib import gateway
 from pdlib.errors import UserError
 from pdlib.gateway import Gateway, Member, difference, known_members, wanted_members
-from pdlib.reconcile import Outcome
+from pdlib.steps import Outcome
 
 ROLES = ("prefill", "decode", "regular")
 MEMBERS = st.builds(

@@ -17,7 +17,8 @@ from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, deplo
 from pdbench.model.profile import Profile
 from pdbench.model.radix import pack
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import Limits, Request, Step, Token, Way, Worker
+from pdbench.model.requests import Limits, Request, Step, Token, Way
+from pdbench.model.scheduler import Worker
 
 TINY = profile.load("tiny")
 H200 = profile.load("h200-qwen2.5-3b")
@@ -80,7 +81,7 @@ def test_memory_is_never_overdrawn_and_nobody_waits_for_ever(
     def within(step: Step) -> None:
         assert step.requests > 0
         for worker in workers:
-            assert worker.used <= worker.own_tokens + worker.cache.total <= capacity
+            assert worker.used <= worker.memory.own_tokens + worker.memory.cache.total <= capacity
 
     for worker in workers:
         worker.on_step = within

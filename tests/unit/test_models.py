@@ -20,7 +20,7 @@ from unit.plans import host, plan
 
 from pdlib import model_host, model_tool, models, processes
 from pdlib.errors import UserError
-from pdlib.reconcile import Outcome
+from pdlib.steps import Outcome
 
 Json = dict[str, Any]
 DIGESTS = st.sampled_from(["", "aa", "bb"])

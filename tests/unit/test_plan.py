@@ -17,7 +17,8 @@ from unit.plans import KEY, Json, h200, host, inputs, plan, write_flag_tables
 
 from pdlib import flags, tables, units
 from pdlib.errors import UserError
-from pdlib.plan import GROUPS, Planner, check_group_names, inventory_id, leaving, make_plan
+from pdlib.plan import Planner, inventory_id, leaving, make_plan
+from pdlib.plan_inputs import GROUPS, check_group_names
 
 
 @pytest.fixture(autouse=True, scope="module")

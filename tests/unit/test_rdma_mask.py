@@ -15,7 +15,8 @@ from unit.sysfs import TREES, write
 
 from pdlib import flags, rdma, tables, units
 from pdlib.errors import UserError
-from pdlib.fabric import IB_DEVICE, Link, Use, link_of, settings_for, shown
+from pdlib.fabric import Link, link_of
+from pdlib.fabric_mask import IB_DEVICE, Use, settings_for, shown
 from pdlib.plan import Planner, make_plan
 
 

@@ -14,8 +14,11 @@ import pytest
 
 from pdlib import ask, keys, managers, processes, reconcile, role_switch, units
 from pdlib.errors import UserError
+from pdlib.folders import claim
 from pdlib.managers import Status, Supervisord
-from pdlib.reconcile import Outcome, Reconciler, claim, remove_everything
+from pdlib.reconcile import Reconciler
+from pdlib.steps import Outcome
+from pdlib.teardown import remove_everything
 
 UNITS: dict[str, tuple[str, int]] = {}
 CALLS: list[str] = []

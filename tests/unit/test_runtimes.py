@@ -20,7 +20,7 @@ from pdlib import containers, images, provision, runtimes, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
 from pdlib.plan import Planner
-from pdlib.reconcile import Outcome
+from pdlib.steps import Outcome
 
 DIGEST = "sha256:" + "0a" * 32
 IMAGE = f"lmsysorg/sglang:v0.5.23@{DIGEST}"

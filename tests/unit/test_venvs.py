@@ -14,7 +14,7 @@ import pytest
 
 from pdlib import processes, venvs
 from pdlib.errors import UserError
-from pdlib.reconcile import Outcome
+from pdlib.steps import Outcome
 
 #: `python -m venv DIR` makes a bin/python that notes what pip is asked for, and fails or waits as the file's text says.
 STUB = """#!/bin/sh

@@ -17,7 +17,7 @@ from packaging.utils import parse_wheel_filename
 
 from pdlib import venvs, wheelhouse
 from pdlib.errors import UserError
-from pdlib.reconcile import Outcome
+from pdlib.steps import Outcome
 from pdlib.wheelhouse import Target
 
 REPO = Path(__file__).resolve().parents[2]

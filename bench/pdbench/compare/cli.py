@@ -17,6 +17,7 @@ from pdbench.compare import judge, match, say, sides
 from pdbench.compare.judge import FIGURES, USUAL, Run, Verdict
 from pdbench.compare.match import Match
 from pdbench.gate.rundata import NotARun
+from pdbench.verbs import ends_by_code
 
 _REFUSED = 3
 _HELP = """\
@@ -35,6 +36,7 @@ class Outcome:
     requests: int
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when it was compared (whatever came of it), 3 when nothing valid is there, 1 no runs, 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -61,8 +63,6 @@ def main(argv: list[str]) -> int:
         if args.b is None and args.plan and not _has_baseline(left):
             return _pilot(left, figures, args.plan, args.json)
         found = match.two(left, sides.read(args.b)) if args.b else match.with_baseline(left)
-    except SystemExit as stop:
-        return int(stop.code or 0)
     except (NotARun, match.Unfit, match.Refused, ValueError) as why:
         print(f"pdbench compare: {why}", file=sys.stderr)
         return {NotARun: 1, match.Refused: _REFUSED}.get(type(why), 2)

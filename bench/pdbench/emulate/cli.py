@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvloop
 
-from pdbench.emulate.engine import WorkerConfig
+from pdbench.emulate.config import WorkerConfig
 from pdbench.emulate.handshake import Timeouts
 from pdbench.emulate.server import CannotListenError, Server
 from pdbench.model import profile

@@ -10,8 +10,10 @@ import math
 from aiohttp import web
 
 from pdbench.emulate.asks import Body
-from pdbench.emulate.engine import MODES, Engine, now
+from pdbench.emulate.config import MODES
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.faults import BadFaultError
+from pdbench.emulate.job import now
 from pdbench.emulate.profiling import ProfileError, Profiler
 from pdbench.emulate.replies import openai_error
 from pdbench.reading import json_of

@@ -4,117 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 from pdbench.emulate.asks import BadAskError, Item
+from pdbench.emulate.config import ENGINE_TYPES, Role, WorkerConfig
 from pdbench.emulate.faults import Faults
-from pdbench.emulate.handshake import GIVEN_UP, HandshakeError, Kv, Link, Links, Place, Rooms, Timeouts, transport_between
+from pdbench.emulate.handshake import GIVEN_UP, HandshakeError, Kv, Links, Place, Rooms, transport_between
+from pdbench.emulate.job import AbortedError, Job, Sink, now
 from pdbench.emulate.metrics import WorkerMetrics
 from pdbench.emulate.text import Prompt
-from pdbench.model.profile import Profile
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Step, Token, Way, Worker
+from pdbench.model.requests import FOREVER, Event, Limits, Request, Step, Token, Way
+from pdbench.model.scheduler import Worker
 
-Role = Literal["prefill", "decode", "aggregated"]
-#: What SGLang calls the roles: in `disaggregation_mode`, and in the label `engine_type`.
-MODES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated": "null"}
-ENGINE_TYPES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "aggregated": "unified"}
 #: Tokens that leave before the loop looks at its sockets again, so that a worker that is behind still answers.
 MOST_AT_ONCE = 256
-#: The output of a worker whose transfer is a fake (warm-up): made of no prompt at all, as it is there.
-NO_KV = bytes(32)
 log = logging.getLogger("pdbench.emulate")
-
-# uvloop's own clock stands still within a turn of the loop and counts whole milliseconds; hence this one.
-now = time.monotonic
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What one worker was started with. Ports are TCP ports; `context_length`, `max_total_tokens` are in tokens."""
-
-    role: Role
-    host: str
-    port: int
-    bootstrap_port: int
-    profile: Profile
-    model_path: str
-    served_model_name: str
-    tp_size: int
-    max_running_requests: int
-    context_length: int
-    max_total_tokens: int
-    timeouts: Timeouts
-    node: str = "localhost"
-    rdma_fabric: str = "none"
-    transfer_backend: str = "nixl"
-    chunked_prefill_size: int = 8192
-    num_reserved_decode_tokens: int = 512
-    disable_radix_cache: bool = False
-    enable_pd_role_switch: bool = False
-    allow_faults: bool = False
-    api_key: str | None = field(default=None, repr=False)
-    admin_api_key: str | None = field(default=None, repr=False)
-
-
-class AbortedError(Exception):
-    """A request that was aborted: by its client, or by `/abort_request`."""
-
-    status = 503
-
-
-class Sink(Protocol):
-    """Where output tokens go."""
-
-    def token(self, job: Job, index: int, last: bool) -> None:
-        """Take output token `index` (from 0), which is due now. Must be quick and must not raise."""
-
-
-class Job:
-    """One item on its way through the worker; also what the handshake of a decode worker reports to."""
-
-    def __init__(self, engine: Engine, item: Item, stream: bool, sink: Sink | None) -> None:
-        """Start it with `Engine.start`."""
-        self.item, self.stream, self.sink = item, "true" if stream else "false", sink
-        self.tokens = 1 if engine.role == "prefill" else item.output_tokens
-        self.digest = NO_KV if item.fake_transfer and engine.role == "decode" else item.prompt.digest
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.arrived = now()
-        self.first_at = self.last_at = 0.0
-        self.sent = 0
-        self.over = False
-        self.request: Request | None = None
-        self.link: Link | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.found_at = self.granted_at = 0.0
-        self.moved = False
-        self._engine = engine
-
-    @property
-    def cached_tokens(self) -> int:
-        """Return the prompt tokens that came from the prefix cache."""
-        return self.request.cached if self.request else 0
-
-    @property
-    def retractions(self) -> int:
-        """Return how often it lost its KV memory to others."""
-        return self.request.retractions if self.request else 0
-
-    def on_found(self) -> None:
-        """Decode: the prefill worker is there, too."""
-        self._engine.found(self)
-
-    def on_kv(self, kv: Kv) -> None:
-        """Decode: the KV left the prefill worker."""
-        self._engine.kv_came(self, kv)
-
-    def on_failed(self, problem: HandshakeError) -> None:
-        """Decode: the KV will not come; one that computes the prompt itself (a fault) does not need it."""
-        if self.request is None or self.request.way != "local":
-            self._engine.fail(self, problem)
 
 
 class Engine:
@@ -128,7 +33,7 @@ class Engine:
         self.rates = Rates(config.profile, config.tp_size)
         self.worker = Worker(self.rates, self._limits())
         self.worker.on_stage = self.metrics.note_stage
-        self.worker.link_factor = self.faults.link_factor
+        self.worker.links.factor = self.faults.link_factor
         self.worker.on_step = self._note_step
         self.place = Place(f"{config.host}:{config.port}", config.node, config.rdma_fabric)
         self.rooms = Rooms(self, config.timeouts.heartbeat_s * config.timeouts.heartbeat_failures)
@@ -242,7 +147,7 @@ class Engine:
             raise ValueError(f"{len(self._jobs)} requests are running")
         self.flush_cache()
         self.role = role
-        self.worker.limits = self._limits()
+        self.worker.change(self._limits())
         self.metrics.relabel(ENGINE_TYPES[role])
 
     def refresh(self) -> None:

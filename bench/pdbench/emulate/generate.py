@@ -10,9 +10,10 @@ from dataclasses import replace
 from aiohttp import web
 
 from pdbench.emulate.asks import Api, Ask, BadAskError, read
-from pdbench.emulate.engine import AbortedError, Engine, Job, now
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.faults import Faults
 from pdbench.emulate.handshake import HandshakeError
+from pdbench.emulate.job import AbortedError, Job, now
 from pdbench.emulate.replies import Ending, Reply, openai_error
 from pdbench.emulate.stream import Counting, Streaming, Wire
 from pdbench.reading import json_of

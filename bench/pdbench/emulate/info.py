@@ -10,7 +10,8 @@ from aiohttp import web
 
 from pdbench import __version__
 from pdbench.emulate.asks import Body
-from pdbench.emulate.engine import MODES, Engine
+from pdbench.emulate.config import MODES
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.profiling import Profiler
 
 VERSION = f"{__version__}+emulated"

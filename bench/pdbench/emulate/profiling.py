@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdbench.model.scheduler import Step
+from pdbench.model.requests import Step
 
 log = logging.getLogger("pdbench.emulate")
 

@@ -8,11 +8,13 @@ import errno
 from aiohttp import web
 
 from pdbench.emulate.auth import Level, allowed
+from pdbench.emulate.config import WorkerConfig
 from pdbench.emulate.control import ADMIN_PATHS, FAULT_PATH, Control
-from pdbench.emulate.engine import Engine, WorkerConfig, now
+from pdbench.emulate.engine import Engine
 from pdbench.emulate.generate import Generation, Handler
 from pdbench.emulate.handshake import bootstrap_app
 from pdbench.emulate.info import VERSION, Info
+from pdbench.emulate.job import now
 from pdbench.emulate.profiling import Profiler
 
 __all__ = ["VERSION", "CannotListenError", "Server"]

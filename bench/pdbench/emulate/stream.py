@@ -14,8 +14,8 @@ from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
 
-from pdbench.emulate.engine import Job, now
 from pdbench.emulate.faults import Faults
+from pdbench.emulate.job import Job, now
 from pdbench.emulate.replies import Ending, Frame, Reply, Stream
 
 #: What one client may leave unread, in bytes, beyond what the kernel holds for it. A stream of 10 000 tokens of
@@ -153,7 +153,7 @@ class Counting:
             self._faults.tokens_sent(1)
 
     def ending(self, job: Job, arrival: float, aborted: str = "") -> Ending:
-        """Return how the item ended that arrived at `arrival` on the clock of `engine.now`."""
+        """Return how the item ended that arrived at `arrival` on the clock of `job.now`."""
         return Ending(job.digest or bytes(32), self.sent, job.cached_tokens, now() - arrival, aborted)
 
 

@@ -12,10 +12,12 @@ from pdbench.gate import judge
 from pdbench.gate.check import Check
 from pdbench.gate.rundata import NotARun, RunData, load
 from pdbench.records import write_json
+from pdbench.verbs import ends_by_code
 
 VALIDITY = "validity.json"
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when the run is valid, 3 when it is not, 1 when the folder is no run's, 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -30,10 +32,7 @@ def main(argv: list[str]) -> int:
         metavar="SHARE",
         help="share of failed requests that is allowed, 0 to 1 (default: bench_max_error_rate of manifest.json, else 0)",
     )
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
     try:
         run = load(args.folder, args.max_error_rate)
         checks = judge(run)

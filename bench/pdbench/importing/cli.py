@@ -15,11 +15,13 @@ from pdbench.importing.formats import BadFile, read, reads
 from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.sweep import tidy
+from pdbench.verbs import ends_by_code
 
 Json = dict[str, Any]
 _RATIO = re.compile(r"(?P<prefill>[1-9]\d*)p(?P<decode>[1-9]\d*)d|(?P<aggregated>[1-9]\d*)?agg", re.IGNORECASE)
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when every file was imported, 1 when one could not be (the others are), 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -48,8 +50,6 @@ def main(argv: list[str]) -> int:
         args = parser.parse_args(argv)
         ratios, gpus = _by_mode(args.ratio, "--ratio", _RATIO), _by_mode(args.gpus, "--gpus", re.compile(r"[1-9]\d*"))
         _check_output(args.output)
-    except SystemExit as stop:
-        return int(stop.code or 0)
     except ValueError as why:
         print(f"pdbench import: {why}", file=sys.stderr)
         return 2

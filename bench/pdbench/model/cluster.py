@@ -13,7 +13,8 @@ from typing import Literal
 
 from pdbench.model.radix import pack
 from pdbench.model.rates import Rates
-from pdbench.model.scheduler import FOREVER, Event, Limits, Request, Worker
+from pdbench.model.requests import FOREVER, Event, Limits, Request
+from pdbench.model.scheduler import Worker
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ the prefix that a finished answer adds to the cache.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Literal, NamedTuple
 
-from pdbench.model.radix import Node, RadixCache
+from pdbench.model.links import Links
+from pdbench.model.memory import Memory
 from pdbench.model.rates import Rates
+from pdbench.model.requests import FOREVER, Event, Request, State, Token
+from pdbench.model.requests import Limits as Limits
+from pdbench.model.requests import Step as Step
 
 #: SGLang's environ.py and schedule_policy.py
 INIT_NEW_TOKEN_RATIO = 0.7
@@ -36,87 +38,6 @@ RATIO_DECAY = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / 600
 RETRACT_STEPS = 20
 CLIP_MAX_NEW_TOKENS = 4096
 
-#: `local`: prefill and decode here; `send`: prefill here, KV goes to a decode worker; `receive`: KV comes from a prefill worker.
-Way = Literal["local", "send", "receive"]
-State = Literal[
-    "frontend", "bootstrap", "prealloc", "transfer", "waiting", "prefill", "sending", "ready", "running", "retracted", "done"
-]
-FOREVER = float("inf")
-
-
-class Request:
-    """One prompt on one worker. `prompt` is packed token ids, or empty where no prefix cache looks at it."""
-
-    __slots__ = (
-        *("arrived", "base", "began", "cached", "computed", "entered", "generated", "matched", "node", "output_tokens", "own"),
-        *("peer", "prompt", "prompt_tokens", "queued", "retractions", "sent_bytes", "state", "tag", "transport", "way"),
-    )
-
-    def __init__(
-        self,
-        way: Way,
-        prompt_tokens: int,
-        output_tokens: int,
-        prompt: bytes = b"",
-        peer: str = "",
-        transport: str = "",
-        tag: object = None,
-    ) -> None:
-        """Give lengths in tokens; `peer` and `transport` are needed to send or receive; `tag` is the driver's own."""
-        self.way, self.prompt_tokens, self.output_tokens, self.prompt = way, prompt_tokens, output_tokens, prompt
-        self.peer, self.transport, self.tag = peer, transport, tag
-        self.state: State = "frontend"
-        self.arrived = self.entered = self.queued = 0.0
-        self.began = -1.0
-        self.generated = self.own = self.base = self.computed = self.cached = self.retractions = self.sent_bytes = 0
-        self.matched = False
-        self.node: Node | None = None
-
-    @property
-    def context(self) -> int:
-        """Return the tokens whose KV it needs."""
-        return self.prompt_tokens + self.generated
-
-
-class Event(NamedTuple):
-    """Something that another worker has to know, at time `at`.
-
-    `granted`: decode has memory, prefill may begin; `sent`: the last KV left the prefill; `took` is then how long the transfer
-    took, in seconds, from the end of the last chunk's computation.
-    """
-
-    at: float
-    kind: Literal["granted", "sent"]
-    request: Request
-    took: float = 0.0
-
-
-#: An output token that reaches the client: when it does, of which request, its number from 0.
-Token = tuple[float, Request, int]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass over the model: `tokens` are those computed, `context` those that were in the cache."""
-
-    start: float
-    end: float
-    kind: Literal["prefill", "decode"]
-    requests: int
-    tokens: int
-    context: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a worker was started with; `capacity` is in tokens of KV cache."""
-
-    capacity: int
-    max_running: int
-    chunk: int
-    reserved: int
-    prefix_cache: bool
-
 
 class Worker:
     """One worker; see the module's text."""
@@ -124,19 +45,16 @@ class Worker:
     def __init__(self, rates: Rates, limits: Limits) -> None:
         """Start idle, at any time."""
         self.rates, self.limits = rates, limits
-        self.cache = RadixCache()
-        self.own_tokens = 0
+        self.memory = Memory(limits)
+        self.links = Links(rates)
         self.states: Counter[State] = Counter()
         self.slow_down_s = 0.0
         #: without it, only the first and the last token of a request leave: all that some simulations ask for
         self.every_token = True
-        self.link_factor: Callable[[str], float] = lambda peer: 1.0
         self.on_step: Callable[[Step], None] | None = None
         #: hears of every first wait and forward pass of a request: SGLang's name of the stage, and its seconds
         self.on_stage: Callable[[str, float], None] = lambda stage, seconds: None
         self.retracted = self.hit_tokens = self.asked_tokens = 0
-        #: seconds that its links were taken by KV, out and in, by transport
-        self.link_busy: defaultdict[str, float] = defaultdict(float)
         self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
         self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
         self._frontend_free = -FOREVER
@@ -154,9 +72,6 @@ class Worker:
         self._context = 0
         self._busy = False
         self._ratio = INIT_NEW_TOKEN_RATIO
-        self._egress_free: dict[str, float] = {}
-        self._ingress_free: dict[str, float] = {}
-        self._connected: dict[str, float] = {}
 
     # ---- what the driver calls
 
@@ -197,12 +112,7 @@ class Worker:
         self._catch_up(now)
         if request.state != "transfer":
             return
-        key = request.transport
-        took = self.rates.transfer_s(size, key) * self.link_factor(request.peer)
-        self.link_busy[key] += took
-        here = max(now, self._ingress_free.get(key, -FOREVER) + took)
-        self._ingress_free[key] = here
-        self._at(here, lambda at: self._arrived(at, request))
+        self._at(self.links.receive(now, request, size), lambda at: self._arrived(at, request))
 
     def abort(self, now: float, request: Request) -> None:
         """Forget a request, whatever it is doing; the step that computes it goes on without it."""
@@ -259,20 +169,29 @@ class Worker:
     @property
     def used(self) -> int:
         """Return the tokens of KV cache in use by requests; what only the prefix cache holds is not."""
-        return self.own_tokens + self.cache.locked
+        return self.memory.used
 
     @property
     def pending_tokens(self) -> int:
         """Return the prompt tokens that wait for memory on a decode worker."""
         return sum(request.prompt_tokens for request in self._prealloc)
 
+    @property
+    def link_busy(self) -> Mapping[str, float]:
+        """Return the seconds that its links were taken by KV, out and in, by transport."""
+        return self.links.busy
+
     def connect(self, peer: str) -> None:
         """Take the connection to a decode worker for made, as after the first request of a pair."""
-        self._connected[peer] = -FOREVER
+        self.links.connect(peer)
+
+    def change(self, limits: Limits) -> None:
+        """Go on with other limits; no request is here."""
+        self.limits = self.memory.limits = limits
 
     def flush(self) -> int:
         """Drop the prefix cache; return the tokens."""
-        return self.cache.clear()
+        return self.memory.cache.clear()
 
     # ---- inside
 
@@ -317,49 +236,7 @@ class Worker:
 
     def _finish(self, request: Request) -> None:
         self._set(request, "done")
-        self._release(request)
-
-    # ---- memory
-
-    def _take(self, tokens: int) -> None:
-        """Hold `tokens` more; whoever calls has made sure that they are there."""
-        self.own_tokens += tokens
-        lacking = self.own_tokens + self.cache.total - self.limits.capacity
-        if lacking > 0:
-            self.cache.evict(lacking)
-
-    def _free(self) -> int:
-        """Return the tokens that can be had, those of the prefix cache that nobody runs on included."""
-        return self.limits.capacity - self.own_tokens - self.cache.locked
-
-    def _release(self, request: Request) -> None:
-        self.own_tokens -= request.own
-        request.own = 0
-        request.base = request.computed = 0
-        if request.node is not None:
-            self.cache.unlock(request.node)
-            request.node = None
-
-    def _look_up(self, request: Request) -> None:
-        """Find the part of the prompt that is in the cache; the last token is always computed, for its logits."""
-        if request.node is not None or not (self.limits.prefix_cache and request.prompt):
-            return
-        node, known = self.cache.match(request.prompt[: 4 * (request.prompt_tokens - 1)])
-        self.cache.lock(node)
-        request.node, request.base, request.computed = node, known, known
-
-    def _remember(self, request: Request) -> None:
-        """Hand the prompt's KV over to the prefix cache; what it had already is held once only."""
-        if not (self.limits.prefix_cache and request.prompt):
-            return
-        node, _ = self.cache.insert(request.prompt)
-        self.cache.lock(node)
-        mine = request.prompt_tokens - request.base
-        if request.node is not None:
-            self.cache.unlock(request.node)
-        request.node = node
-        request.own -= mine
-        self.own_tokens -= mine
+        self.memory.release(request)
 
     # ---- the loop: one step at a time
 
@@ -393,7 +270,7 @@ class Worker:
         if least < CLIP_MAX_NEW_TOKENS:  # what a lone request lacks is never more than that
             lone = max((r.prompt_tokens + min(r.output_tokens, CLIP_MAX_NEW_TOKENS) for r in self._running), default=0)
             least = max(least, lone - retractable)
-        room = self._free() - least
+        room = self.memory.free() - least
         while self._retracted and holding < self.limits.max_running:
             request = self._retracted[0]
             if request.context + reserved > room and holding:
@@ -402,7 +279,7 @@ class Worker:
             holding += 1
             self._retracted.popleft()
             request.own = request.context
-            self._take(request.own)
+            self.memory.take(request.own)
             self._set(request, "ready")
             self._ready.append(request)
         waiting, place = self._prealloc, 0
@@ -421,7 +298,7 @@ class Worker:
             holding += 1
             del waiting[place]
             request.own = request.prompt_tokens
-            self._take(request.own)
+            self.memory.take(request.own)
             request.queued = now
             self._set(request, "transfer")
             self._out.append(Event(now, "granted", request))
@@ -463,11 +340,11 @@ class Worker:
             return []
         budget, chunks = self.limits.chunk, []
         future = sum(min(r.output_tokens - r.generated, CLIP_MAX_NEW_TOKENS) for r in self._running) * self._ratio
-        room = self._free() - future
+        room = self.memory.free() - future
         slots = self.limits.max_running - len(self._running)
         if self._chunked:
             request = self._chunked
-            new = min(budget, request.context - request.computed, int(self._free()))
+            new = min(budget, request.context - request.computed, int(self.memory.free()))
             if new <= 0:
                 return []
             chunks.append((request, new))
@@ -477,13 +354,13 @@ class Worker:
             slots -= 1
         while self._waiting and budget > 0 and slots > 0:
             request = self._waiting[0]
-            self._look_up(request)
-            room = min(room, self._free() - future)  # locking a prefix takes it from what can be had
+            self.memory.look_up(request)
+            room = min(room, self.memory.free() - future)  # locking a prefix takes it from what can be had
             left = request.context - request.computed
             out = 0 if request.way == "send" else min(request.output_tokens - request.generated, CLIP_MAX_NEW_TOKENS)
             alone = not self._running and not chunks
-            if left + out > room and not (alone and left + out <= self._free()):
-                self._release(request)
+            if left + out > room and not (alone and left + out <= self.memory.free()):
+                self.memory.release(request)
                 break
             new = min(left, budget)
             self._waiting.popleft()
@@ -501,7 +378,7 @@ class Worker:
 
     def _chunk(self, request: Request, new: int) -> None:
         request.own += new
-        self._take(new)
+        self.memory.take(new)
         self._chunked = request if request.computed + new < request.context else None
 
     def _start_prefill(self, now: float, chunks: list[tuple[Request, int]]) -> None:
@@ -529,7 +406,7 @@ class Worker:
                 continue
             if not request.retractions:
                 self.on_stage("prefill_forward", now - request.began)
-            self._remember(request)
+            self.memory.remember(request)
             if request.way == "send":
                 self._set(request, "sending")
                 continue
@@ -545,16 +422,8 @@ class Worker:
         tokens = request.computed
         size = self.rates.kv_bytes(tokens) - request.sent_bytes
         request.sent_bytes += size
-        key = request.transport
-        way = self.rates.profile.transports[key]
-        start = max(now, self._egress_free.get(key, -FOREVER))
-        took = self.rates.transfer_s(size, key) * self.link_factor(request.peer)
-        self.link_busy[key] += took
-        end = start + took
-        self._egress_free[key] = end
-        connected = self._connected.setdefault(request.peer, start + way.setup_ms / 1e3)
+        there = self.links.send(now, request, size)
         if last:
-            there = max(end, connected) + way.latency_ms / 1e3
             self._at(there, lambda at: self._sent(at, request, at - now))
 
     def _sent(self, now: float, request: Request, took: float) -> None:
@@ -570,7 +439,7 @@ class Worker:
         batch = len(self._running)
         for request in self._running:
             request.own += 1
-        self._take(batch)
+        self.memory.take(batch)
         took = self.rates.decode_s(batch, self._context) + self.slow_down_s
         self._busy = True
         self._at(now + took, self._end_decode)
@@ -605,13 +474,13 @@ class Worker:
 
     def _make_room(self) -> None:
         """Retract requests, those with the fewest outputs first, until every other one has room for a token."""
-        if self._free() >= len(self._running):
+        if self.memory.free() >= len(self._running):
             return
         while len(self._running) > 1:
             victim = min(self._running, key=lambda r: (r.generated, -r.prompt_tokens))
             self._running.remove(victim)
             self._context -= victim.context
-            self._release(victim)
+            self.memory.release(victim)
             victim.retractions += 1
             self.retracted += 1
             if victim.way == "receive":
@@ -620,7 +489,7 @@ class Worker:
             else:
                 self._set(victim, "waiting")
                 self._waiting.append(victim)
-            if self._free() >= len(self._running):
+            if self.memory.free() >= len(self._running):
                 break
         done = sum(r.generated for r in self._running)
         most = sum(r.output_tokens for r in self._running)

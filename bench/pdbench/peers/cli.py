@@ -9,8 +9,10 @@ from pathlib import Path
 from pdbench.gate.rundata import Point, summary_points
 from pdbench.peers import beside, drive
 from pdbench.peers.commands import TOOLS
+from pdbench.verbs import ends_by_code
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when all was measured or shown, 1 when the peer could not measure a load point, 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -25,13 +27,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="NAME", help="the served model's name")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer.json (none: words, for `pdbench emulate`)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key of the deployment")
-    try:
-        args = parser.parse_args(argv)
-        lacking = [f"--{name}" for name in ("python", "url", "model") if args.tool and not getattr(args, name)]
-        if lacking:
-            parser.error(f"--tool {args.tool} needs {' and '.join(lacking)}")
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
+    lacking = [f"--{name}" for name in ("python", "url", "model") if args.tool and not getattr(args, name)]
+    if lacking:
+        parser.error(f"--tool {args.tool} needs {' and '.join(lacking)}")
     try:
         if args.tool:
             key = args.api_key_file.read_text(encoding="utf-8").strip() if args.api_key_file else ""

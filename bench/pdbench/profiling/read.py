@@ -14,7 +14,7 @@ from pdbench.load.errors import LoadError
 from pdbench.profiling import targets
 from pdbench.profiling.targets import Target
 from pdbench.profiling.trace import TraceError, read
-from pdbench.reading import json_of
+from pdbench.reading import json_in
 from pdbench.records import write_json
 
 Json = dict[str, Any]
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 def digest(folder: Path) -> tuple[Json, list[str]]:
     """Return what the traces of a folder say, and what is wrong with them."""
-    profile = _json(folder / "profile.json")
+    profile = json_in(folder / "profile.json")
     role = str(profile.get("wish", {}).get("role", ""))
     problems = [str(problem) for problem in profile.get("problems", [])]
     workers: Json = {}
@@ -73,7 +73,7 @@ def digest(folder: Path) -> tuple[Json, list[str]]:
             "traces": [trace.to_json() for trace in found],
             "log": _log(folder / "logs", worker.unit, role),
         }
-    load = _load(_json(folder / "summary.json"))
+    load = _load(json_in(folder / "summary.json"))
     return {"schema": 1, "role": role, "load": load, "steps": _asked(profile), "workers": workers, "problems": problems}, problems
 
 
@@ -99,14 +99,6 @@ def _load(summary: Mapping[str, Any]) -> Json | None:
 
 def _asked(profile: Mapping[str, Any]) -> int:
     return int(profile.get("wish", {}).get("steps", 0))
-
-
-def _json(path: Path) -> Json:
-    try:
-        told = json_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _log(folder: Path, unit: str, role: str) -> Json | None:

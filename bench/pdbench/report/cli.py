@@ -13,6 +13,7 @@ from pdbench.report.figures import Sheet, draw, shown
 from pdbench.report.look import LIGHT
 from pdbench.report.page import render
 from pdbench.sweep import report as sweep_report
+from pdbench.verbs import ends_by_code
 
 REPORT = "report.html"
 #: what makes a folder a sweep's
@@ -20,6 +21,7 @@ SWEEP = "sweep.json"
 _NO_GPU = "no GPU was used, these figures say nothing about hardware"
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Return 0 when the report stands, 1 when it could not be made, 2 for bad usage."""
     parser = argparse.ArgumentParser(
@@ -28,10 +30,7 @@ def main(argv: list[str]) -> int:
         epilog="Run `pdbench gate DIR` first: without its verdict everything is marked as not checked.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a sweep, such as results/latest")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = parser.parse_args(argv)
     try:
         path = sweep_report.write(args.folder) if (args.folder / SWEEP).is_file() else make(args.folder)
     except NotARun as why:

@@ -16,6 +16,7 @@ from typing import Any
 from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.search.goodput import Counts, Outcome, Step, search
+from pdbench.verbs import ends_by_code
 
 Json = dict[str, Any]
 _OWN = ("--request-rate", "--concurrency", "--batch", "--time-scale", "--output", "--seed", "--recover")
@@ -37,13 +38,11 @@ class Stop(Exception):
         self.code = code
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Run the verb and return its exit code."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    try:
-        args = _parser().parse_args(argv[:cut])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = _parser().parse_args(argv[:cut])
     options = argv[cut + 1 :]
     try:
         _check(args, options)

@@ -19,6 +19,7 @@ from pdbench.records import write_json
 from pdbench.selfcheck import truth
 from pdbench.selfcheck.judge import TOO_SLOW, Finding, shape, worst
 from pdbench.selfcheck.measure import CannotCheckError, Server, check_point, own_server
+from pdbench.verbs import ends_by_code
 
 #: Tokens a second that the server sends at most: a third of a core of its own (15 us a token).
 MOST_RATE = 25_000.0
@@ -28,13 +29,11 @@ F this client is too slow. What stands behind -- goes to `pdbench run` as it is:
 exit codes: 0 the client keeps up, 3 it does not, 2 bad usage, 1 could not check."""
 
 
+@ends_by_code
 def main(argv: list[str]) -> int:
     """Run the verb and return its exit code."""
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    try:
-        args = _parser().parse_args(own)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    args = _parser().parse_args(own)
     if args.listen is not None:
         return _listen(args.listen)
     before = signal.signal(signal.SIGTERM, _stopped)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pdbench.sweep.checkout import ROOT
 from pdbench.sweep.grid import Cell, baseline_of, canonical, unique
-from pdlib import bench_load, bench_spec, plan, settings
+from pdlib import bench_load, bench_spec, plan, plan_inputs, settings
 from pdlib import ratio as ratios
 from pdlib.errors import UserError
 from pdlib.variables import VARIABLES
@@ -36,7 +36,7 @@ class Cluster:
         for name, values in hosts.items():
             if values["service_manager"] == "auto" and name in known:
                 values["service_manager"] = known[name]["service_manager"]
-        return plan.Planner(plan.Inputs(self.groups, self.cluster, hosts, self.limit, current))
+        return plan.Planner(plan_inputs.Inputs(self.groups, self.cluster, hosts, self.limit, current))
 
     def plan(self, current: Json | None) -> Json:
         """Return the plan of this deployment after ``current``.

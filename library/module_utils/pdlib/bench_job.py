@@ -15,8 +15,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from . import accounts, keys, processes
 from .errors import UserError
+from .folders import claim
 from .managers import tail, write
-from .reconcile import STEP_S, Outcome, claim
+from .steps import STEP_S, Outcome
 
 Json = Dict[str, Any]
 #: File of a run's folder with the secret by which several clients know each other.

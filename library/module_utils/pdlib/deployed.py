@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .errors import UserError
+from .folders import claim
 from .managers import write
 from .plan_file import newer
-from .reconcile import claim
 
 Json = Dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import keys
 from .errors import UserError, did_you_mean, listing
-from .fabric import Setting
+from .fabric_mask import Setting
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,16 @@
-"""Which transfer engine moves the KV cache, over which devices, and why. Pure: facts and settings in, values with reasons out.
-
-Sources of the variables' forms: SGLang's ``parse_ib_device_config``; UCX's UCX_NET_DEVICES; NCCL's and NVSHMEM's lists of
-environment variables (``=`` before NCCL's list keeps mlx5_1 from meaning mlx5_10, too); Mooncake's ``MC_*`` take one value for
-all devices of a process.
-"""
+"""A host's end of the KV path: its fabric, the devices that may be used there, and why. Pure."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import rdma
 from .errors import UserError, did_you_mean, listing
 
 #: What an RDMA path can run over, as rdma_fabric names it.
 FABRICS = ("infiniband", "roce")
-IB_DEVICE = "--disaggregation-ib-device"
-#: Settings beside which a GID index stands on RoCE.
-_TAKES_GID = (IB_DEVICE, "NVSHMEM_HCA_LIST", "NCCL_IB_HCA")
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,6 @@ class Link:
         nearest = {int(gpu): tuple(devices) for gpu, devices in kept["nearest"].items()}
         known = {field.name: kept[field.name] for field in fields(cls) if field.name in kept}
         return cls(**{**known, "devices": tuple(kept["devices"]), "masked": tuple(kept["masked"]), "nearest": nearest})
-
-
-# -- a host's end
 
 
 def link_of(
@@ -215,208 +203,3 @@ def _gid_index(host: str, declared: Optional[int], rows: Mapping[str, Any], addr
         return next(iter(found.values()))
     each = listing(f"{name} has {'none' if index is None else index}" for name, (index, _) in found.items())
     return None, f"{each}: no single one fits, so each library picks its own"
-
-
-# -- between hosts
-
-
-def choose_backend(
-    wanted: str, available: Sequence[str], pairs: Sequence[Tuple[str, str]], links: Mapping[str, Link]
-) -> Tuple[str, str]:
-    """Return (transfer backend, reason).
-
-    ``pairs``: (prefill host, decode host) of every prefill-decode pair; ``links``: host -> its link. Raises UserError for a
-    backend that the engine has not, and for ``auto`` where a fabric that decides is not known.
-    """
-    if wanted != "auto":
-        if wanted not in available:
-            choices = ["auto", *available]
-            raise UserError(f"transfer_backend={wanted!r}: one of {', '.join(choices)}{did_you_mean(wanted, choices)}")
-        return wanted, "set by transfer_backend"
-    if not pairs:
-        return "none", "aggregated workers move no KV cache"
-    if all(prefill == decode for prefill, decode in pairs):
-        return "nixl", "every prefill-decode pair is on one host: NVLink (cuda_ipc)"
-    hosts = sorted({host for pair in pairs for host in pair})
-    unknown = [host for host in hosts if links[host].fabric == "auto"]
-    if unknown:
-        raise UserError(
-            f"rdma_fabric is not declared for {listing(unknown)}: set it (infiniband, roce or none) in host_vars, "
-            "or set transfer_backend; deploy_pd.yml finds it on the hosts"
-        )
-    fabrics = {links[host].fabric for host in hosts}
-    if fabrics == {"none"}:
-        return "nixl", "no RDMA fabric: TCP"
-    if len(fabrics) == 1 and all(links[host].devices for host in hosts):
-        best = "mooncake" if "mooncake" in available else "nixl"
-        return best, f"all hosts are on one RDMA fabric ({fabrics.pop()})"
-    if len(fabrics) == 1:
-        without = [host for host in hosts if not links[host].devices]
-        return "nixl", f"no usable RDMA device on {listing(without)}: TCP"
-    by_fabric = listing(f"{host} is {links[host].fabric}" for host in hosts)
-    return "nixl", f"{by_fabric}: no common RDMA path, so TCP"
-
-
-def _common_rdma(one: Link, other: Link) -> bool:
-    return one.fabric == other.fabric != "none" and bool(one.devices) and bool(other.devices)
-
-
-def over_nvlink(backend: str, prefill: str, decode: str, env: Mapping[str, str]) -> bool:
-    """Whether Mooncake was told to use NVLink, in a host or between hosts (it asks only whether the variable is there)."""
-    return backend == "mooncake" and ("MC_FORCE_MNNVL" in env or (prefill == decode and "MC_INTRANODE_NVLINK" in env))
-
-
-def forces_tcp(
-    backend: str, pairs: Sequence[Tuple[str, str]], links: Mapping[str, Link], envs: Sequence[Mapping[str, str]] = ()
-) -> bool:
-    """Whether Mooncake must be told to use TCP: it speaks one transport to all peers, and some pair has no other.
-
-    Never where a fabric is not known. ``envs``: of each pair's prefill worker.
-    """
-    known = all(links[host].fabric != "auto" for pair in pairs for host in pair)
-    own = envs or [{} for _ in pairs]
-    ways = [expected_transport(backend, *pair, links, False, env) for pair, env in zip(pairs, own)]
-    return backend == "mooncake" and known and "tcp" in ways
-
-
-def expected_transport(
-    backend: str, prefill: str, decode: str, links: Mapping[str, Link], on_cpu: bool, env: Optional[Mapping[str, str]] = None
-) -> str:
-    """Return how a pair's KV cache should travel: ``cuda_ipc``, ``rdma``, ``tcp``, or between NPUs ``hccs``.
-
-    ``env``: the prefill worker's environment as the user has it. Ascend's engine (memfabric) moves by SDMA over HCCS unless
-    ASCEND_MF_TRANSFER_PROTOCOL says ``device_rdma``; Mooncake's Ascend transport takes HCCS, too.
-    """
-    env = env or {}
-    if backend == "ascend":
-        return "rdma" if env.get("ASCEND_MF_TRANSFER_PROTOCOL", "").strip().lower() == "device_rdma" else "hccs"
-    if backend == "mooncake" and env.get("ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE", "").lower() in ("1", "true", "yes", "y"):
-        return "hccs"
-    if backend == "mooncake_tcp" or on_cpu:
-        return "tcp"
-    ucx = env.get("SGLANG_DISAGGREGATION_NIXL_BACKEND", "UCX") == "UCX"
-    if (backend == "nixl" and ucx and prefill == decode) or over_nvlink(backend, prefill, decode, env):
-        return "cuda_ipc"
-    if backend == "mooncake" and env.get("MOONCAKE_PROTOCOL", "rdma") != "rdma":
-        # EFA is RDMA by a protocol of its own, which our facts know no fabric of.
-        return "rdma" if env["MOONCAKE_PROTOCOL"] == "efa" else "tcp"
-    return "rdma" if _common_rdma(links[prefill], links[decode]) else "tcp"
-
-
-# -- what a worker is told
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A flag (``--...``) or environment variable that a mask gives a worker, and why."""
-
-    name: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a rank needs of its host's link.
-
-    ``backend``: ``none`` for an aggregated worker; ``gpus``: the host's indices, in the order in which the worker sees them;
-    ``nodes``: hosts of the worker; ``nvshmem``: expert parallelism over NVSHMEM; ``per_gpu``: a device map instead of a list;
-    ``force_tcp``: Mooncake without RDMA; ``own``: what the user set in the worker's environment, which wins; ``excluded``: devices
-    that even this may not name.
-    """
-
-    backend: str
-    gpus: Sequence[int] = ()
-    nodes: int = 1
-    nvshmem: bool = False
-    per_gpu: bool = False
-    force_tcp: bool = False
-    own: Mapping[str, str] = field(default_factory=dict)
-    excluded: Sequence[str] = ()
-
-
-def settings_for(host: str, link: Link, use: Use) -> List[Setting]:
-    """Return everything that a mask means for one rank. Raises UserError where NIXL has no TCP device to be told of."""
-    masked = f"; without {listing(link.masked)}" if link.masked else ""
-    mask, gid = f"rdma_devices{masked}", link.gid_index
-    found: List[Setting] = []
-    if use.backend == "nixl" and (link.devices or link.masked or link.reasons.get("tcp_device") == "set by tcp_device"):
-        if "UCX_NET_DEVICES" not in use.own and link.tcp_device is None:
-            raise UserError(
-                f"host {host}: tcp_device is not declared, and NIXL must be told the network device that has the host's address "
-                f"beside its RDMA devices (an HCA alone leaves UCX no TCP device); deploy_pd.yml finds it where the host has `ip`"
-            )
-        why = "RDMA ports and the TCP device, without which UCX has none" if link.devices else f"TCP only{masked}"
-        found.append(Setting("UCX_NET_DEVICES", ",".join([*link.with_ports(), link.tcp_device or ""]), why))
-        # UCX finds an index of each device by itself; one that was set by hand holds for it, too.
-        if gid is not None and link.devices and link.reasons.get("gid_index") == "set by rdma_gid_index":
-            found.append(Setting("UCX_IB_GID_INDEX", str(gid), "set by rdma_gid_index"))
-    if use.backend == "mooncake" and use.force_tcp:
-        found.append(Setting("MC_FORCE_TCP", "1", "a pair has no common RDMA path, and Mooncake uses one transport for all"))
-    elif use.backend == "mooncake" and link.devices:
-        found.append(_ib_device(link, use, mask))
-        if gid is not None:
-            found.append(Setting("MC_GID_INDEX", str(gid), link.reasons.get("gid_index", "")))
-        other = {link.ports.get(device, 1) for device in link.devices}
-        if len(other) == 1 and other != {1}:
-            found.append(Setting("MC_IB_PORT", str(other.pop()), "the port that is active"))
-    if use.nvshmem and link.devices:
-        plain = [name if link.ports.get(name, 1) == 1 else f"{name}:{link.ports[name]}" for name in link.devices]
-        found.append(Setting("NVSHMEM_HCA_LIST", ",".join(plain), f"expert parallelism: {mask}"))
-        if gid is not None:
-            found.append(Setting("NVSHMEM_IB_GID_INDEX", str(gid), link.reasons.get("gid_index", "")))
-    # NCCL opens every card that it is not kept from, also where all its GPUs are in one host.
-    nccl = f"{use.nodes} hosts a worker" if use.nodes > 1 else f"{len(use.gpus)} GPUs a worker" if len(use.gpus) > 1 else ""
-    if nccl and link.devices:
-        found.append(Setting("NCCL_IB_HCA", "=" + ",".join(link.with_ports()), f"{nccl}: {mask}"))
-        if gid is not None and use.nodes > 1:
-            found.append(Setting("NCCL_IB_GID_INDEX", str(gid), link.reasons.get("gid_index", "")))
-    elif nccl and link.masked:
-        found.append(Setting("NCCL_IB_DISABLE", "1", f"{nccl}{masked}, and none is left"))
-    _check_own(host, use)
-    return [Setting(s.name, use.own[s.name], "set by engine_env") if s.name in use.own else s for s in found]
-
-
-def _ib_device(link: Link, use: Use, mask: str) -> Setting:
-    """The devices as SGLang takes them: one list, or a map from the GPU that the worker sees to its own list."""
-    shared = ",".join(link.devices)
-    if not use.per_gpu:
-        return Setting(IB_DEVICE, shared, mask)
-    if not set(use.gpus) <= set(link.nearest):
-        return Setting(IB_DEVICE, shared, f"{mask} (rdma_device_per_gpu: how near they are is found at deploy, on GPU hosts)")
-    near = {str(seen): ",".join(link.nearest[gpu]) for seen, gpu in enumerate(use.gpus)}
-    return Setting(IB_DEVICE, json.dumps(near, separators=(",", ":")), f"nearest of {mask}, by the GPU that the worker sees")
-
-
-def _check_own(host: str, use: Use) -> None:
-    """Refuse a masked device in what the user set by hand."""
-    for name in ("UCX_NET_DEVICES", "NVSHMEM_HCA_LIST", "NCCL_IB_HCA"):
-        value = use.own.get(name, "")
-        named: Set[str] = set() if value.startswith("^") else {item.split(":")[0] for item in value.lstrip("=").split(",")}
-        # NCCL takes a name for every device that begins with it, unless "=" stands before the list.
-        prefix = name == "NCCL_IB_HCA" and not value.startswith(("=", "^"))
-        wrong = [
-            device
-            for device in use.excluded
-            if device in named
-            or (name == "UCX_NET_DEVICES" and "all" in named)
-            or (prefix and any(item and device.startswith(item) for item in named))
-        ]
-        if wrong:
-            raise UserError(
-                f"host {host}: engine_env sets {name}={value}, and rdma_devices_excluded masks {listing(wrong)}: "
-                f"leave {name} out, it is made from rdma_devices"
-            )
-
-
-def shown(link: Link, settings: Sequence[Setting]) -> List[Dict[str, str]]:
-    """Return the rows that a plan shows of a host: the mask, what follows from it, and why (``setting``, ``value``, ``reason``)."""
-    if not settings and not link.devices:
-        return []
-    rows = [("rdma_devices", ",".join(link.devices) or "none", link.reasons.get("rdma_devices", ""))]
-    if any(setting.name == "UCX_NET_DEVICES" for setting in settings) and link.tcp_device:
-        rows.append(("tcp_device", link.tcp_device, link.reasons.get("tcp_device", "")))
-    if link.gid_index is None and link.reasons.get("gid_index") and any(s.name.startswith(_TAKES_GID) for s in settings):
-        rows.append(("rdma_gid_index", "none", link.reasons["gid_index"]))
-    rows += [(setting.name, setting.value, setting.reason) for setting in settings]
-    return [{"setting": name, "value": value, "reason": reason} for name, value, reason in dict.fromkeys(rows)]

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from . import ask
 from .errors import UserError, listing
-from .reconcile import STEP_S, Outcome
+from .steps import STEP_S, Outcome
 
 Json = Dict[str, Any]
 

@@ -15,8 +15,9 @@ from typing import Any, Dict, Mapping, Optional
 from . import accounts, processes, transfer
 from .containers import call, last_line, note
 from .errors import UserError
+from .folders import claim
 from .managers import tail, write
-from .reconcile import STEP_S, Outcome, claim
+from .steps import STEP_S, Outcome
 
 Json = Dict[str, Any]
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}

@@ -326,4 +326,5 @@ class Systemd:
             self._systemctl("daemon-reload")
 
 
+Manager = Union[Supervisord, Systemd]
 MANAGERS: Dict[str, Union[Type[Supervisord], Type[Systemd]]] = {"supervisord": Supervisord, "systemd": Systemd}

@@ -14,9 +14,10 @@ from typing import Any, Dict, Optional, Tuple
 
 from . import accounts, model_tool, processes
 from .errors import UserError
+from .folders import claim
 from .managers import tail, write
 from .model_tool import read_json
-from .reconcile import STEP_S, Outcome, claim
+from .steps import STEP_S, Outcome
 
 Json = Dict[str, Any]
 

@@ -17,7 +17,8 @@ from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set,
 
 from . import routers, units
 from .errors import UserError, listing
-from .fabric import Link, expected_transport
+from .fabric import Link
+from .fabric_ways import expected_transport
 from .plan import started_as
 from .ratio import Ratio
 

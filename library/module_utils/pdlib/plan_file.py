@@ -77,6 +77,7 @@ def _odd(plan: Json) -> str:
 
 def _fault(value: Any, shape: Any, at: str) -> str:
     """Return where a value is not of the shape and what would be right, "" when it is."""
+    # pdbench/shapes.py does the like for a run's files: it is installed where pdlib is not, and pdlib goes to hosts without it.
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return _said(value, dict, at)

@@ -16,10 +16,11 @@ from typing import Any, BinaryIO, Dict, List, Mapping, Sequence, Tuple
 
 from . import accounts, containers, probe_tool, processes
 from .errors import UserError
+from .folders import claim
 from .managers import tail, write
 from .probe_tool import read_json
-from .reconcile import STEP_S, Outcome, claim
 from .runtimes import client_env, container_name
+from .steps import STEP_S, Outcome
 
 Json = Dict[str, Any]
 #: The unit, as it were, that the programs belong to: teardown ends what runs in its folder.

@@ -6,39 +6,21 @@ import hashlib
 import http.client
 import json
 import os
-import shutil
 import ssl
 import time
 import urllib.request
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import accounts, ask, caches, containers, firewall_host, keys, processes, role_switch
+from . import accounts, ask, caches, containers, keys, processes, role_switch
 from .errors import UserError, listing
-from .firewall import UNIT as FIREWALL
-from .managers import MANAGERS, Supervisord, Systemd, write
-from .runtimes import container_name
+from .folders import claim
+from .managers import MANAGERS, Manager, Supervisord, Systemd, write
+from .steps import STEP_S as STEP_S
+from .steps import Outcome as Outcome
 from .units import identity
 
 Json = Dict[str, Any]
-Manager = Union[Supervisord, Systemd]
-#: How long one step may take; the caller prints a progress line between steps.
-STEP_S = 6.0
-
-
-@dataclass
-class Outcome:
-    """What one step did: ``done`` when nothing is left to do, else ``message`` says what is waited for.
-
-    ``lacks``: what the controller must send before it can go on.
-    """
-
-    done: bool = False
-    message: str = ""
-    changed: List[str] = field(default_factory=list)
-    diff: List[Json] = field(default_factory=list)
-    lacks: List[str] = field(default_factory=list)
 
 
 def healthy(url: str, timeout_s: float = 3.0) -> bool:
@@ -400,117 +382,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str], purge: bool, check: bool) -> Outcome:
-    """Teardown: end our processes, remove units, configuration and runtime state; with ``purge`` the installs, too.
-
-    Works from what is on the host, not from a plan, so that it also cleans up after a deploy that was killed.
-    """
-    outcome = Outcome(done=True)
-    home = Path(state_dir)
-    folders = [home, Path(install_dir)] if purge else [home]
-    own: List[Path] = []
-    marks: Set[str] = set()
-    for name in managers:
-        manager: Manager = MANAGERS[name](state_dir, install_dir, "")
-        running = sorted(unit for unit, status in manager.status().items())
-        unit_files = manager.own_units() if isinstance(manager, Systemd) else []
-        outcome.changed += [f"stopped {unit}" for unit in running]
-        own += unit_files
-        if check:
-            # What it would end by stopping is no stray.
-            marks |= {processes.work_dir(os.path.realpath(state_dir), unit) for unit in [*running, "supervisord"]}
-            continue
-        end = time.monotonic() + STEP_S
-        manager.stop([unit for unit, status in manager.status().items() if status.state in ("running", "starting")])
-        while time.monotonic() < end:
-            busy = [unit for unit, status in manager.status().items() if status.state in ("running", "starting", "stopping")]
-            if not busy:
-                break
-            time.sleep(0.1)
-        else:
-            outcome.done, outcome.message = False, f"stopping {listing(busy)}"
-            return outcome
-        if isinstance(manager, Systemd) and unit_files:
-            manager.remove([path.stem for path in unit_files])
-        if unit_files or name == "supervisord":
-            manager.shutdown()
-    in_containers = containers.ours(state_dir)
-    if check:
-        # What it would end by stopping its unit is no stray, either.
-        ended = {container_name(Path(mark).name, state_dir) for mark in marks}
-        in_containers = {name: client for name, client in in_containers.items() if name not in ended}
-    else:
-        containers.end(in_containers)
-    outcome.changed += [f"ended container {name}" for name in sorted(in_containers)]
-    strays = [p for p in processes.ours(state_dir) if p.cwd not in marks]
-    outcome.changed += [f"ended process {p.pid} ({p.command[:40].strip()})" for p in strays]
-    if not check:
-        processes.kill([p.pid for p in strays], 10.0)
-    if firewall_host.owner() == state_dir:
-        own.append(Systemd.UNITS / FIREWALL)
-    outcome.changed += firewall_host.remove(state_dir, check)
-    if purge:
-        outcome.changed += caches.remove(install_dir, check)
-    for folder in folders:
-        unfetched = sorted((folder / "runs").glob("*/"))
-        if unfetched and not purge:
-            outcome.changed += [f"kept {run}: never fetched" for run in unfetched]
-            if not check:
-                for path in folder.iterdir():
-                    if path.name not in (".pd", "runs"):
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif folder.exists():
-            outcome.changed.append(f"removed {folder}")
-            if not check:
-                _remove_tree(folder)
-    if "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
-        for account in accounts.ours():
-            for path in accounts.leftovers(account):
-                outcome.changed.append(f"removed {path}")
-                if not check:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if purge:
-                outcome.changed.append(f"removed user {account}" if check else accounts.remove(account))
-    return outcome
-
-
-def _remove_tree(folder: Path) -> None:
-    marker = folder / ".pd"
-    if not marker.exists():
-        raise UserError(f"{folder} has no file .pd, so it is not one that deploy_pd.yml made: remove it yourself if it should go")
-    # Hosts of the inventory may share the folder and get here together: the first takes it away, the others find it gone.
-    gone = folder.with_name(f".{folder.name}.gone-{os.getpid()}")
-    try:
-        folder.rename(gone)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(gone)
-
-
-def claim(folder: str, shared: bool = False) -> bool:
-    """Make ``folder`` ours (marked), refusing one that holds somebody else's files; return whether it was new.
-
-    It is closed to other users; with ``shared``, those who know a path in it may reach it (an unprivileged service does).
-    """
-    path, mode = Path(folder), 0o711 if shared else 0o700
-    marker = path / ".pd"
-    try:
-        if marker.exists():
-            if shared and path.stat().st_mode & 0o777 == 0o700:
-                path.chmod(mode)
-            return False
-        if path.exists() and any(path.iterdir()):
-            # Hosts of the inventory may share the folder: another one may have marked it since.
-            if marker.exists():
-                return False
-            raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-        path.chmod(mode)
-        marker.write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot make {folder}: {error.strerror}; set state_dir and install_dir to folders you may write, or become root"
-        ) from None
-    return True

@@ -17,7 +17,7 @@ from typing import Dict, List, Sequence
 from .accounts import own
 from .errors import UserError
 from .processes import work_dir
-from .reconcile import STEP_S, Outcome
+from .steps import STEP_S, Outcome
 
 #: Seconds that a trace must not have grown for, before it is opened: torch's profiler writes in one go.
 _STILL_S = 1.0

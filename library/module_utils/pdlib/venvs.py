@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from .errors import UserError, listing
+from .folders import claim
 from .managers import tail
 from .processes import alive, work_dir
-from .reconcile import STEP_S, Outcome, claim
+from .steps import STEP_S, Outcome
 from .wheelhouse import unpack
 
 Json = Dict[str, Any]

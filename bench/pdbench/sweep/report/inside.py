@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 from pdbench.engines import engine
 from pdbench.gate.rundata import NotARun
 from pdbench.gate.rundata import load as load_run
+from pdbench.reading import json_in
 from pdbench.records import Record
 from pdbench.report import split
 from pdbench.report.look import Theme
 from pdbench.sweep.report.data import Cell, Load, Row
 from pdbench.sweep.report.panels import from_zero, grid, legend_of_all, look, title
-from pdbench.sweep.report.read import Json, Sweep, attribution, read_json
+from pdbench.sweep.report.read import Json, Sweep, attribution
 
+T = TypeVar("T")
 Curve = NDArray[np.float64]
 #: parts into which a run's time is cut, and the least requests worth drawing over time
 _BINS, _LEAST = 24, 8
@@ -34,6 +37,17 @@ def busiest(sweep: Sweep) -> Load | None:
     counts = {load: len(sweep.table.under(load)) for load in sweep.table.loads}
     loads = [load for load, count in counts.items() if count]
     return max(loads, key=lambda load: (counts[load], load.size, load.isl, load.osl)) if loads else None
+
+
+def _first_of_each(sweep: Sweep, read: Callable[[Cell, Row], T | None]) -> list[T]:
+    """Return what ``read`` makes, under the busiest load, of each configuration's first valid repeat that has what it needs."""
+    load = busiest(sweep)
+    found = []
+    for cell in sweep.table.under(load) if load else []:
+        made = next((one for row in cell.rows if (one := read(cell, row)) is not None), None)
+        if made is not None:
+            found.append(made)
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -68,14 +82,7 @@ class Rates:
 @lru_cache(maxsize=1)
 def rates(sweep: Sweep) -> list[Rates]:
     """Return the rates of the first valid repeat of each configuration under the busiest load, where its records are there."""
-    load = busiest(sweep)
-    found = []
-    for cell in sweep.table.under(load) if load else []:
-        for row in cell.rows:
-            if made := over_time(cell, _records(sweep, row)):
-                found.append(made)
-                break
-    return found
+    return _first_of_each(sweep, lambda cell, row: over_time(cell, _records(sweep, row)))
 
 
 def _records(sweep: Sweep, row: Row) -> list[Record]:
@@ -143,18 +150,11 @@ class Moved:
 @lru_cache(maxsize=1)
 def moved(sweep: Sweep) -> list[Moved]:
     """Return what server_metrics.parquet says of KV transfers under the busiest load, a run a configuration."""
-    load = busiest(sweep)
-    found = []
-    for cell in sweep.table.under(load) if load else []:
-        for row in cell.rows:
-            if made := _moved(sweep, cell, row):
-                found.append(made)
-                break
-    return found
+    return _first_of_each(sweep, lambda cell, row: _moved(sweep, cell, row))
 
 
 def _moved(sweep: Sweep, cell: Cell, row: Row) -> Moved | None:
-    known = engine(read_json(sweep.run(row) / "plan.json").get("engine"))
+    known = engine(json_in(sweep.run(row) / "plan.json").get("engine"))
     name, _, labels = known.transferred.partition("{")
     try:
         frame = pd.read_parquet(sweep.run(row) / "server_metrics.parquet")

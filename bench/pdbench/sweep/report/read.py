@@ -17,7 +17,7 @@ from pdbench.compare.judge import Run
 from pdbench.compare.sides import slo_of
 from pdbench.gate import calibrated
 from pdbench.gate.rundata import RunData, summary_points
-from pdbench.reading import json_of
+from pdbench.reading import json_in
 from pdbench.sweep import tidy
 from pdbench.sweep.report.choose import Decision, decisions, interval
 from pdbench.sweep.report.data import GOODPUT, RATE, Cell, Config, Load, Row, Table, table
@@ -58,7 +58,7 @@ class Sweep:
         found: dict[Config, Json] = {}
         for cell in self.table.cells:
             for row in (*cell.rows, *cell.bad):
-                if cell.config not in found and (plan := read_json(self.run(row) / "plan.json")).get("workers"):
+                if cell.config not in found and (plan := json_in(self.run(row) / "plan.json")).get("workers"):
                     found[cell.config] = plan
         return found
 
@@ -86,7 +86,7 @@ class Sweep:
         for row in self.rows:
             if row.get("run") and row["run"] not in seen:
                 seen.add(row["run"])
-                if found := read_json(self.run(row) / "manifest.json"):
+                if found := json_in(self.run(row) / "manifest.json"):
                     yield row, found
 
 
@@ -94,7 +94,7 @@ def load(folder: Path) -> Sweep:
     """Read a sweep's folder; raise NotARun with what is wrong."""
     rows = plain(tidy.read(folder))
     cells = table(rows)
-    sweep = Sweep(folder, read_json(folder / tidy.SWEEP), rows, cells)
+    sweep = Sweep(folder, json_in(folder / tidy.SWEEP), rows, cells)
     sweep.decisions.extend(decisions(cells, lambda cell: [_run(sweep, row) for row in cell.rows]))
     for cell in cells.cells:
         found = grade(_facts(sweep, cell))
@@ -145,7 +145,7 @@ def _facts(sweep: Sweep, cell: Cell) -> Facts:
 
 def _calibrated(sweep: Sweep, row: Row) -> bool:
     """Tell whether the run's load generator was found good beside a server of known timing (the gate's check says)."""
-    checks = read_json(sweep.run(row) / "validity.json").get("checks") or []
+    checks = json_in(sweep.run(row) / "validity.json").get("checks") or []
     mine = [check for check in checks if check.get("id") == calibrated.ID and check.get("point") in (None, row.get("point"))]
     return bool(mine) and all(check.get("ok") and "selfcheck" in (check.get("evidence") or {}) for check in mine)
 
@@ -153,17 +153,8 @@ def _calibrated(sweep: Sweep, row: Row) -> bool:
 def attribution(sweep: Sweep, cell: Cell) -> Json | None:
     """Return how the TTFT of the cell's first valid repeat splits into stages; None where its run does not say."""
     for row in cell.rows:
-        points = summary_points(read_json(sweep.run(row) / "summary.json"))
+        points = summary_points(json_in(sweep.run(row) / "summary.json"))
         found = next((p.get("attribution") for i, p in enumerate(points) if p.get("point", i) == row.get("point")), None)
         if isinstance(found, dict):
             return found
     return None
-
-
-def read_json(path: Path) -> Json:
-    """Return a JSON object from a file, {} where there is none: what it is needed for is then left out and said so."""
-    try:
-        value = json_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -1,0 +1,50 @@
+"""Folders of ours on a host: they have a marker, without which nothing is written there or removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from .errors import UserError
+
+
+def claim(folder: str, shared: bool = False) -> bool:
+    """Make ``folder`` ours (marked), refusing one that holds somebody else's files; return whether it was new.
+
+    It is closed to other users; with ``shared``, those who know a path in it may reach it (an unprivileged service does).
+    """
+    path, mode = Path(folder), 0o711 if shared else 0o700
+    marker = path / ".pd"
+    try:
+        if marker.exists():
+            if shared and path.stat().st_mode & 0o777 == 0o700:
+                path.chmod(mode)
+            return False
+        if path.exists() and any(path.iterdir()):
+            # Hosts of the inventory may share the folder: another one may have marked it since.
+            if marker.exists():
+                return False
+            raise UserError(f"{folder} exists and holds files that are not ours: set another state_dir or install_dir")
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        path.chmod(mode)
+        marker.write_text("Made by deploy_pd.yml; teardown.yml removes it.\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; set state_dir and install_dir to folders you may write, or become root"
+        ) from None
+    return True
+
+
+def remove(folder: Path) -> None:
+    """Take a folder of ours away; raise UserError for one that is not marked."""
+    marker = folder / ".pd"
+    if not marker.exists():
+        raise UserError(f"{folder} has no file .pd, so it is not one that deploy_pd.yml made: remove it yourself if it should go")
+    # Hosts of the inventory may share the folder and get here together: the first takes it away, the others find it gone.
+    gone = folder.with_name(f".{folder.name}.gone-{os.getpid()}")
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone)
