@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlib import settings
-from pdlib.plan import make_plan
+from pdlib.plan import Planner
 from pdlib.plan_inputs import Inputs
 
 Json = dict[str, Any]
@@ -101,3 +101,8 @@ def h200(ratio: str, **options: Any) -> Json:
         "router_policy": "round_robin",
     }
     return plan({"h200": {"address": "127.0.0.1", "gpus": 8, "rdma_fabric": "none"}}, ratio, **{**fixed, **options})
+
+
+def make_plan(given: Inputs) -> Json:
+    """The plan of inputs."""
+    return Planner(given).make()

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.plans import Json, host, inputs
+from unit.plans import Json, host, inputs, make_plan
 
 from pdbench.load.errors import LoadError
 from pdbench.load.lengths import Lengths
 from pdbench.run.load_options import Parser, add_arguments
 from pdlib import bench_load, bench_spec
 from pdlib.errors import UserError
-from pdlib.plan import make_plan
 
 BAD = ("0", "5-4", "normal:512", "lognormal:512:9", "512,4096", "512@0", "@1", "x")
 NOW = 1_700_000_000.0

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from unit.plans import Json, host, inputs, plan
+from unit.plans import Json, host, inputs, make_plan, plan
 
 from pdlib import engines, flags, units
 from pdlib.errors import UserError
-from pdlib.plan import Planner, make_plan
+from pdlib.plan import Planner
 
 TWO = {"n1": host(1), "n2": host(2)}
 VLLM: dict[str, Any] = {"engine": "vllm", "model": "Qwen/Qwen2.5-7B-Instruct", "router": "vllm-router"}

@@ -24,7 +24,6 @@ from unit import plans
 from pdlib import doctor_reach, firewall, firewall_host, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
-from pdlib.plan import make_plan
 
 Json = dict[str, Any]
 ON = {"firewall": True, "service_manager": "systemd"}
@@ -217,10 +216,10 @@ def test_a_limit_may_not_leave_out_hosts_that_would_have_to_admit_others() -> No
         hosts = {f"n{i}": plans.host(i, 1, **{"address": f"10.77.0.{i}", **ON}) for i in (1, 2, 3)}
         return plans.inputs(hosts, ratio, prefill=["n1", "n2"], decode=["n3"], router=["n1"], **more)
 
-    current = make_plan(inputs("1p1d"))
+    current = plans.make_plan(inputs("1p1d"))
     with pytest.raises(UserError, match=r"--limit leaves out n3, whose firewall .*: type -l n1,n2,n3"):
-        make_plan(inputs("2p1d", current=current, limit=["n1", "n2"]))
-    assert make_plan(inputs("1p1d", current=current, limit=["n1"])) == current
+        plans.make_plan(inputs("2p1d", current=current, limit=["n1", "n2"]))
+    assert plans.make_plan(inputs("1p1d", current=current, limit=["n1"])) == current
 
 
 def test_what_sglang_opens_by_itself_is_closed_to_strangers_and_open_to_workers() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.plans import KEY, host, inputs
+from unit.plans import KEY, host, inputs, make_plan
 
 from pdlib import manifest, settings
-from pdlib.plan import make_plan
 from pdlib.variables import BENCH, CLUSTER, VARIABLES
 
 CHANGES: dict[str, Any] = {

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.plans import KEY, Json, h200, host, inputs, plan, write_flag_tables
+from unit.plans import KEY, Json, h200, host, inputs, make_plan, plan, write_flag_tables
 
 from pdlib import flags, tables, units
 from pdlib.errors import UserError
-from pdlib.plan import Planner, inventory_id, leaving, make_plan
+from pdlib.plan import Planner, inventory_id, leaving
 from pdlib.plan_inputs import GROUPS, check_group_names
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.plans import Json, host, inputs, plan, write_flag_tables
+from unit.plans import Json, host, inputs, make_plan, plan, write_flag_tables
 from unit.sysfs import TREES, write
 
 from pdlib import flags, rdma, tables, units
 from pdlib.errors import UserError
 from pdlib.fabric import Link, link_of
 from pdlib.fabric_mask import IB_DEVICE, Use, settings_for, shown
-from pdlib.plan import Planner, make_plan
+from pdlib.plan import Planner
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.plans import host, inputs, plan
+from unit.plans import host, inputs, make_plan, plan
 
 from pdlib import engines, images, settings, transfer, transfer_host
 from pdlib.errors import UserError
-from pdlib.plan import Planner, make_plan
+from pdlib.plan import Planner
 from pdlib.transfer import Host
 from pdlib.transfer_table import KNOBS
 from pdlib.variables import VARIABLES

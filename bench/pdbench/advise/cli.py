@@ -31,8 +31,8 @@ _REQUESTS = 2000
 _EPILOG = f"""{load_options.HELP}
 
 Without a load, that of the inventory's bench_* variables. --warmup, --prompt, --token-ids and --tokenizer are taken so that
-one load file serves here and for `pdbench run`; they change no prediction. Every figure is a prediction: `pdbench sweep` measures, and
---check says how far off predictions are. docs/advise.md.
+one load file serves here and for `pdbench run`; they change no prediction. Every figure is a prediction: `pdbench sweep`
+measures, and --check says how far off predictions are. docs/advise.md.
 exit codes: 0 done, 2 bad usage, 1 could not, 3 (--verify) not all runs are valid."""
 
 

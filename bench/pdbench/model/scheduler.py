@@ -68,7 +68,6 @@ class Worker:
         self._retracted: deque[Request] = deque()
         self._chunked: Request | None = None
         self._running: list[Request] = []
-        self._joining: list[Request] = []
         self._context = 0
         self._busy = False
         self._ratio = INIT_NEW_TOKEN_RATIO

@@ -8,7 +8,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from .errors import UserError
-from .reconcile import STEP_S, Outcome
+from .steps import STEP_S, Outcome
 
 #: (method, URL) -> (HTTP status, text), as ask.request
 Ask = Callable[[str, str], Tuple[int, str]]

@@ -11,7 +11,6 @@ from . import ratio as ratios
 from .errors import UserError, listing
 from .fabric_mask import Setting
 from .fabric_ways import choose_backend, expected_transport, forces_tcp
-from .plan_inputs import Inputs
 from .plan_site import Site
 from .topology import Host, Placed, attempt, fullest_ratios, place
 
@@ -19,7 +18,7 @@ Json = Dict[str, Any]
 
 
 class Planner(Site):
-    """Makes one plan; :func:`make_plan` is the way in."""
+    """Makes one plan (`make`); what is asked before that refuses bad input without it."""
 
     def check_flags(self) -> None:
         """Refuse wrong flags of the router and of any worker host, before placement says which hosts are used."""
@@ -209,11 +208,6 @@ class Planner(Site):
         meet = {"meet_port": self.cluster["bench_meet_port"]} if len(clients) > 1 else {}
         admitted = {"clients": self.cluster["firewall_clients"], "monitors": self.cluster["firewall_monitors"]}
         return {"firewall": {"bench": bench, **admitted, **meet}}
-
-
-def make_plan(inputs: Inputs) -> Json:
-    """Return the plan as JSON (DESIGN section 2); raise UserError with everything the user needs to put it right."""
-    return Planner(inputs).make()
 
 
 def inventory_id(sources: Sequence[str]) -> str:

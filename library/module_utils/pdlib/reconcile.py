@@ -16,8 +16,7 @@ from . import accounts, ask, caches, containers, keys, processes, role_switch
 from .errors import UserError, listing
 from .folders import claim
 from .managers import MANAGERS, Manager, Supervisord, Systemd, write
-from .steps import STEP_S as STEP_S
-from .steps import Outcome as Outcome
+from .steps import STEP_S, Outcome
 from .units import identity
 
 Json = Dict[str, Any]
