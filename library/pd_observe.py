@@ -7,11 +7,10 @@ DOCUMENTATION = r"""
 module: pd_observe
 short_description: What the workers say of their queues, right now
 description:
-  - Asks every worker of C(plan) for its metrics, all at once, from the router's host, which reaches them as clients' requests do.
-    The action plugin pd_watch calls it again and again.
+  - Asks every worker of the deployed plan for its metrics, all at once, from the router's host, which reaches them as clients'
+    requests do. The action plugin pd_watch calls it again and again.
 options:
-  plan: {description: The deployed plan., type: dict, required: true}
-  state_dir: {description: State directory of the router's host; the key lies there., type: path, required: true}
+  state_dir: {description: State directory of the router's host; plan and key lie there., type: path, required: true}
   timeout: {description: Longest wait for an answer in seconds., type: float, default: 5}
 attributes:
   check_mode: {support: full, description: Nothing is changed in either.}
@@ -21,11 +20,16 @@ author: [the pd project]
 
 EXAMPLES = r"""
 - name: Queues
-  pd_observe: {plan: "{{ pd_plan }}", state_dir: /var/lib/pd}
+  pd_observe: {state_dir: /var/lib/pd}
 """
 
 RETURN = r"""
 at_s: {description: "When that was, on the host's monotonic clock.", returned: always, type: float, sample: 8123.4}
+plan:
+  description: Of the deployed plan what a decision takes; empty when nothing is deployed.
+  returned: always
+  type: dict
+  sample: {ratio: 1p1d, router: {name: sglang, membership: workers}, workers: [{name: prefill-0, role: prefill, url: "http://h1:30000", gpus: 1}]}
 figures:
   description: By worker what it says, as pdlib.autoscale names it.
   returned: always
@@ -41,7 +45,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import ask, autoscale, keys
+from ansible.module_utils.pdlib import ask, autoscale, deployed, keys
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -60,24 +64,24 @@ def main() -> None:
     """Ask all of them."""
     module = AnsibleModule(
         argument_spec={
-            "plan": {"type": "dict", "required": True},
             "state_dir": {"type": "path", "required": True},
             "timeout": {"type": "float", "default": 5},
         },
         supports_check_mode=True,
     )
     p = module.params
-    urls = {worker["name"]: worker["url"] for worker in p["plan"]["workers"]}
     try:
+        plan = autoscale.slim(deployed.read(p["state_dir"]) or {})
         key = keys.kept(Path(p["state_dir"]) / keys.FILES[keys.API])
     except UserError as error:
         module.fail_json(msg=str(error))
+    urls = {worker["name"]: worker["url"] for worker in plan.get("workers", [])}
     at = time.monotonic()
     with ThreadPoolExecutor(min(32, len(urls) or 1)) as pool:
         told = list(pool.map(lambda url: look(url, key, p["timeout"]), urls.values()))
     figures: Dict[str, Any] = {name: asdict(found) for name, (found, _) in zip(urls, told) if found}
     silent = {name: why for name, (found, why) in zip(urls, told) if not found}
-    module.exit_json(changed=False, at_s=(at + time.monotonic()) / 2, figures=figures, silent=silent)
+    module.exit_json(changed=False, at_s=(at + time.monotonic()) / 2, plan=plan, figures=figures, silent=silent)
 
 
 if __name__ == "__main__":

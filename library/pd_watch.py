@@ -17,7 +17,6 @@ options:
         times, null for none), C(dry_run) (go on after a decision as though it had been carried out), C(log), C(pid) (the watch ends with that process)."
     type: path
     required: true
-  plan: {description: The deployed plan., type: dict, required: true}
   state_dir: {description: State directory of the router's host., type: path, required: true}
 attributes:
   action: {support: full, description: "Decides on the controller; pd_observe runs on the host."}
@@ -28,7 +27,7 @@ author: [the pd project]
 
 EXAMPLES = r"""
 - name: Watch
-  pd_watch: {job: /tmp/job.json, plan: "{{ pd_plan }}", state_dir: /var/lib/pd}
+  pd_watch: {job: /tmp/job.json, state_dir: /var/lib/pd}
 """
 
 RETURN = r"""
@@ -43,7 +42,6 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "job": {"type": "path", "required": True},
-            "plan": {"type": "dict", "required": True},
             "state_dir": {"type": "path", "required": True},
         },
         supports_check_mode=True,

@@ -23,73 +23,83 @@ PATIENCE = 6
 
 
 class ActionModule(ActionBase):
-    """`pd_watch: {job: FILE, plan: {...}, state_dir: /var/lib/pd}`; documented in library/pd_watch.py."""
+    """`pd_watch: {job: FILE, state_dir: /var/lib/pd}`; documented in library/pd_watch.py."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset({"job", "plan", "state_dir"})
+    _VALID_ARGS = frozenset({"job", "state_dir"})
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``ratio``: the one to change to, "" once the time is over."""
         super().run(tmp, task_vars)
-        plan = self._task.args["plan"]
+        job = json.loads(Path(self._task.args["job"]).read_text())
         try:
-            autoscale.check(plan)
+            return {"changed": False, "ratio": self._watch(job, task_vars or {})}
         except UserError as error:
             raise AnsibleActionFail(str(error)) from None
-        job = json.loads(Path(self._task.args["job"]).read_text())
-        return {"changed": False, "ratio": self._watch(job, plan, task_vars or {})}
 
-    def _watch(self, job: Json, plan: Json, variables: dict[str, Any]) -> str:
-        rule = autoscale.Controller(autoscale.Rule(**job["rule"]))
-        rest = (job.get("rest_until") or 0) - time.time()
-        if rest > 0:
-            rule.changed_at = time.monotonic() + rest - rule.rule.rest_s
-        roles = {worker["name"]: worker["role"] for worker in plan["workers"]}
-        before: tuple[float, dict[str, autoscale.Figures]] | None = None
-        lost = 0
-        due = time.monotonic()
+    def _watch(self, job: Json, variables: dict[str, Any]) -> str:
+        """Return the ratio to change to, "" once the time is over; raise UserError for what cannot be watched."""
+        host, rule = variables["inventory_hostname"], self._rule(job)
+        before: Json | None = None
+        lost, due = 0, time.monotonic()
         while job.get("until") is None or time.time() < job["until"]:
             time.sleep(max(0.0, due - time.monotonic()))
             if not processes.alive(job["pid"]):
                 return ""
             due = max(due + job["every_s"], time.monotonic())
-            told, why = self._look(plan, variables)
+            told, why = self._look(variables)
             lost = 0 if told else lost + 1
             if lost >= PATIENCE:
-                raise AnsibleActionFail(f"{plan['router']['host']} has not answered for {lost} windows: {why}")
-            silent = {plan["router"]["host"]: why} if told is None else told["silent"]
-            if silent or told is None:
-                # Who is silent may be overloaded or dead: nothing is decided by what the others say.
+                raise UserError(f"{host} has not answered for {lost} windows: {why}")
+            if told is None:
+                self._note(job, ratio=before["plan"]["ratio"] if before else "?", silent={host: why})
                 before = None
-                self._note(job, ratio=plan["ratio"], silent=silent)
                 continue
-            after = told["at_s"], {name: autoscale.Figures(**own) for name, own in told["figures"].items()}
-            if before is not None and after[0] > before[0]:
-                seen = autoscale.observed(before[1], after[1], roles, after[0] - before[0])
-                wanted = autoscale.wish(rule.rule, seen)
-                move = rule.decide(time.monotonic(), seen)
-                ratio = autoscale.next_ratio(plan, move) if move else None
-                pressed = autoscale.pressures(rule.rule, seen)
-                self._note(
-                    job, ratio=plan["ratio"], says=autoscale.words(rule.rule, seen), pressures=pressed, wish=wanted,
-                    to=ratio, seen=vars(seen),
-                )  # fmt: skip
-                if move and (ratio is None or job["dry_run"]):
-                    rule.done(time.monotonic())
-                elif ratio:
+            autoscale.check(told["plan"])
+            if told["silent"]:
+                # Who is silent may be overloaded or dead: nothing is decided by what the others say.
+                self._note(job, ratio=told["plan"]["ratio"], silent=told["silent"])
+                before = None
+                continue
+            # Between two looks somebody may have deployed something else.
+            if before is not None and before["plan"] == told["plan"] and told["at_s"] > before["at_s"]:
+                ratio = self._judge(job, rule, before, told)
+                if ratio:
                     return ratio
-            before = after
+            before = told
         return ""
 
-    def _look(self, plan: Json, variables: dict[str, Any]) -> tuple[Json | None, str]:
+    @staticmethod
+    def _rule(job: Json) -> autoscale.Controller:
+        """Return the rule, still resting from the change before where that is so."""
+        rule = autoscale.Controller(autoscale.Rule(**job["rule"]))
+        rest = (job.get("rest_until") or 0) - time.time()
+        if rest > 0:
+            rule.changed_at = time.monotonic() + rest - rule.rule.rest_s
+        return rule
+
+    def _judge(self, job: Json, rule: autoscale.Controller, before: Json, told: Json) -> str:
+        """Note what a window says; return the ratio to change to, "" for none."""
+        plan = told["plan"]
+        roles = {worker["name"]: worker["role"] for worker in plan["workers"]}
+        ends = [{name: autoscale.Figures(**own) for name, own in look["figures"].items()} for look in (before, told)]
+        seen = autoscale.observed(ends[0], ends[1], roles, told["at_s"] - before["at_s"])
+        move = rule.decide(time.monotonic(), seen)
+        ratio = autoscale.next_ratio(plan, move) if move else None
+        self._note(
+            job, ratio=plan["ratio"], says=autoscale.words(rule.rule, seen), pressures=autoscale.pressures(rule.rule, seen),
+            wish=autoscale.wish(rule.rule, seen), to=ratio, seen=vars(seen),
+        )  # fmt: skip
+        if move and (ratio is None or job["dry_run"]):
+            rule.done(time.monotonic())
+            return ""
+        return ratio or ""
+
+    def _look(self, variables: dict[str, Any]) -> tuple[Json | None, str]:
         """Return what the workers say, or (None, why the host that asks them does not answer)."""
-        arguments = {"plan": {"workers": [{k: w[k] for k in ("name", "url")} for w in plan["workers"]]}}
+        arguments = {"state_dir": self._task.args["state_dir"]}
         try:
-            told = self._execute_module(
-                module_name="pd_observe",
-                module_args={**arguments, "state_dir": self._task.args["state_dir"]},
-                task_vars=variables,
-            )
+            told = self._execute_module(module_name="pd_observe", module_args=arguments, task_vars=variables)
         except AnsibleConnectionFailure as error:
             return None, str(error)
         if told.get("unreachable"):

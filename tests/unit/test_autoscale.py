@@ -174,11 +174,12 @@ def test_memory_held_by_who_waits_for_prefill_is_prefill_s_pressure() -> None:
 def plan(prefill: int, decode: int, prefill_gpus: int = 1, decode_gpus: int = 1, **more: Any) -> dict[str, Any]:
     gpus = {"prefill": prefill_gpus, "decode": decode_gpus}
     workers = [
-        {"role": role, "name": f"{role}-{i}", "ranks": [{"gpus": list(range(gpus[role]))}]}
+        {"role": role, "name": f"{role}-{i}", "url": "u", "ranks": [{"gpus": list(range(gpus[role]))}]}
         for role, count in (("prefill", prefill), ("decode", decode))
         for i in range(count)
     ]
-    return {"ratio": f"{prefill}p{decode}d", "workers": workers, "router": {"name": "sglang", "membership": "workers"}, **more}
+    whole = {"ratio": f"{prefill}p{decode}d", "workers": workers, "router": {"name": "sglang", "membership": "workers", "x": 1}}
+    return autoscale.slim({**whole, **more})
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.booleans())

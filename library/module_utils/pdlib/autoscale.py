@@ -223,31 +223,41 @@ def _grown(before: Optional[Figures], after: Figures) -> Dict[str, float]:
 # -- from a decision to a ratio
 
 
-def check(plan: Json) -> None:
-    """Raise UserError for a deployment whose ratio nothing changes while it serves."""
+def slim(plan: Mapping[str, Any]) -> Json:
+    """Return of a deployed plan what a decision takes, {} of none."""
+    if not plan.get("workers"):
+        return {}
+    workers = [
+        {**{name: worker[name] for name in ("name", "role", "url")}, "gpus": sum(len(rank["gpus"]) for rank in worker["ranks"])}
+        for worker in plan["workers"]
+    ]
+    router = {name: plan["router"].get(name) for name in ("name", "membership")}
+    return {"ratio": plan["ratio"], "workers": workers, "router": router}
+
+
+def check(plan: Mapping[str, Any]) -> None:
+    """Raise UserError for a deployment (:func:`slim`) whose ratio nothing changes while it serves."""
     if not plan.get("workers"):
         raise UserError("nothing is deployed: ansible-playbook deploy_pd.yml -e ratio=1p1d, and then the same command")
-    if not Ratio(**_counts(plan)).disaggregated:
+    if _counts(plan)["aggregated"]:
         raise UserError(
             f"{plan['ratio']} runs, and autoscale moves workers between prefill and decode: deploy_pd.yml -e ratio=NpMd"
         )
-    if plan["router"].get("membership") != "workers":
-        raise UserError(
-            f"router={plan['router'].get('name')} learns its workers only at its start: no ratio is changed behind it"
-        )
+    if plan["router"]["membership"] != "workers":
+        raise UserError(f"router={plan['router']['name']} learns its workers only at its start: no ratio is changed behind it")
 
 
-def _counts(plan: Json) -> Dict[str, int]:
+def _counts(plan: Mapping[str, Any]) -> Dict[str, int]:
     return {role: sum(worker["role"] == role for worker in plan["workers"]) for role in ("prefill", "decode", "aggregated")}
 
 
-def next_ratio(plan: Json, move: Move) -> Optional[str]:
+def next_ratio(plan: Mapping[str, Any], move: Move) -> Optional[str]:
     """Return the ratio after a move: as few workers as make room for at least one of the other role; None when none would be left.
 
     Workers of the two roles may have other numbers of GPUs.
     """
     counts = _counts(plan)
-    gpus = {worker["role"]: sum(len(rank["gpus"]) for rank in worker["ranks"]) for worker in plan["workers"]}
+    gpus = {worker["role"]: int(worker["gpus"]) for worker in plan["workers"]}
     source = "decode" if move == "prefill" else "prefill"
     need, gives = max(gpus[move], 1), max(gpus[source], 1)
     counts[source] -= -(-need // gives)
