@@ -54,10 +54,12 @@ def look(url: str, key: Optional[str], timeout_s: float) -> Tuple[Optional[autos
     status, page = ask.request("GET", f"{url}/metrics", key, timeout_s=timeout_s)
     if status != 200:
         return None, f"HTTP {status}" if status else page
-    status, loads = ask.request("GET", f"{url}/v1/loads?include=core", key, timeout_s=timeout_s)
-    # vLLM has no such page: how many requests run at most is then not known.
-    found = autoscale.read(page, autoscale.most_running(loads) if status == 200 else None)
-    return found, "" if found else "its /metrics counts no requests (is --enable-metrics set?)"
+    status, loads = ask.request("GET", f"{url}/v1/loads?include=core,disagg", key, timeout_s=timeout_s)
+    if status not in (200, 404, 405, 501):
+        # One that is too busy to say has a queue, and half of what it says would hide that.
+        return None, f"/v1/loads: HTTP {status}" if status else loads
+    found = autoscale.read(page, loads if status == 200 else None)
+    return found, "" if found else "neither /v1/loads nor /metrics counts its requests (is --enable-metrics set?)"
 
 
 def main() -> None:

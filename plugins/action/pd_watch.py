@@ -18,8 +18,8 @@ from pdlib import autoscale, processes  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 
 Json = dict[str, Any]
-#: so many windows in a row without a word from the router's host, and it is gone
-PATIENCE = 6
+#: so many windows in a row without a word from the router's host, and it is gone; from a worker, and somebody must look at it
+PATIENCE, SILENT = 6, 30
 
 
 class ActionModule(ActionBase):
@@ -41,28 +41,33 @@ class ActionModule(ActionBase):
         """Return the ratio to change to, "" once the time is over; raise UserError for what cannot be watched."""
         host, rule = variables["inventory_hostname"], self._rule(job)
         before: Json | None = None
-        lost, due = 0, time.monotonic()
+        plan: Json | None = None
+        lost, silent, due = 0, 0, time.monotonic()
         while job.get("until") is None or time.time() < job["until"]:
             time.sleep(max(0.0, due - time.monotonic()))
             if not processes.alive(job["pid"]):
                 return ""
             due = max(due + job["every_s"], time.monotonic())
             told, why = self._look(variables)
-            lost = 0 if told else lost + 1
-            if lost >= PATIENCE:
-                raise UserError(f"{host} has not answered for {lost} windows: {why}")
-            if told is None:
-                self._note(job, ratio=before["plan"]["ratio"] if before else "?", silent={host: why})
+            if told is not None:
+                autoscale.check(told["plan"])
+                if plan is not None and plan != told["plan"]:
+                    # Somebody deployed something else in between.
+                    rule.changed_at, before = time.monotonic(), None
+                    rule.forget()
+                plan = told["plan"]
+            quiet = {host: why} if told is None else told["silent"]
+            lost, silent = (lost + 1 if told is None else 0), (silent + 1 if quiet else 0)
+            if told is None or quiet:
+                # Who is silent may be overloaded or dead: nothing is decided by what the others say, nor across the gap.
+                self._note(job, ratio=plan["ratio"] if plan else None, silent=quiet)
                 before = None
+                rule.forget()
+                if lost >= PATIENCE or silent >= SILENT:
+                    said = "; ".join(f"{name}: {what}" for name, what in quiet.items())
+                    raise UserError(f"{max(lost, silent)} windows in a row could not be judged ({said}): doctor.yml says more")
                 continue
-            autoscale.check(told["plan"])
-            if told["silent"]:
-                # Who is silent may be overloaded or dead: nothing is decided by what the others say.
-                self._note(job, ratio=told["plan"]["ratio"], silent=told["silent"])
-                before = None
-                continue
-            # Between two looks somebody may have deployed something else.
-            if before is not None and before["plan"] == told["plan"] and told["at_s"] > before["at_s"]:
+            if before is not None and told["at_s"] > before["at_s"]:
                 ratio = self._judge(job, rule, before, told)
                 if ratio:
                     return ratio
@@ -84,11 +89,12 @@ class ActionModule(ActionBase):
         roles = {worker["name"]: worker["role"] for worker in plan["workers"]}
         ends = [{name: autoscale.Figures(**own) for name, own in look["figures"].items()} for look in (before, told)]
         seen = autoscale.observed(ends[0], ends[1], roles, told["at_s"] - before["at_s"])
-        move = rule.decide(time.monotonic(), seen)
+        leave = autoscale.step(plan)
+        move = rule.decide(time.monotonic(), seen, leave)
         ratio = autoscale.next_ratio(plan, move) if move else None
         self._note(
             job, ratio=plan["ratio"], says=autoscale.words(rule.rule, seen), pressures=autoscale.pressures(rule.rule, seen),
-            wish=autoscale.wish(rule.rule, seen), to=ratio, seen=vars(seen),
+            wish=autoscale.wish(rule.rule, seen, leave), to=ratio, seen=vars(seen),
         )  # fmt: skip
         if move and (ratio is None or job["dry_run"]):
             rule.done(time.monotonic())

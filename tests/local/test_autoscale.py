@@ -111,6 +111,19 @@ def test_the_ratio_follows_a_load_that_turns(deployed: Checkout, tmp_path: Path)
     assert changes == [("1p2d", "2p1d", True), ("2p1d", "1p2d", True)], said
     assert "2 changes" in said
     assert (tmp_path / "o" / "autoscale.png").stat().st_size > 10_000
+    # A human who stops it in mid-change gets the change.
+    with loaded(deployed, tmp_path / "again", *PROMPTS):
+        scaler = begin(deployed, "autoscale", *PROMISED, *PACE, "--output", str(tmp_path / "stopped"))
+        assert scaler.stdout
+        while "rebalance.yml -e ratio=2p1d" not in scaler.stdout.readline():
+            assert scaler.poll() is None
+        time.sleep(2)
+        scaler.send_signal(signal.SIGTERM)
+        said, _ = scaler.communicate(timeout=120)
+    assert scaler.returncode == 0, said
+    assert "brought to its end first" in said
+    assert "1p2d -> 2p1d: done" in said
+    assert roles(deployed) == ["decode", "prefill", "prefill"]
     # An idle deployment is left as it is.
     idle = begin(deployed, "autoscale", *PROMISED, *PACE, "--for", "12", "--output", str(tmp_path / "idle"))
     said, _ = idle.communicate(timeout=90)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,56 +31,87 @@ vllm:inter_token_latency_seconds_count{engine="0",model_name="m"} 10.0
 """
 
 
-def test_what_an_emulated_worker_shows_is_read() -> None:
+LOAD = {
+    **{"num_running_reqs": 8, "num_waiting_reqs": 12, "max_running_requests": 16, "token_usage": 0.4},
+    "disaggregation": {
+        **{"mode": "decode", "prefill_bootstrap_queue_reqs": 1, "prefill_inflight_queue_reqs": 0},
+        **{"decode_prealloc_queue_reqs": 2, "decode_transfer_queue_reqs": 4},
+    },
+}
+
+
+def loads(*each: dict[str, Any]) -> str:
+    return json.dumps({"loads": each})
+
+
+def metrics_page() -> str:
     metrics = WorkerMetrics("m", "decode")
     metrics.note_stage("decode_waiting", 0.5)
     metrics.note_stage("decode_waiting", 1.5)
     for gap in (0.01, 0.03):
         metrics.itl.observe(gap)
-    for gauge, value in ((metrics.queue, 3), (metrics.prealloc_queue, 2), (metrics.running, 8), (metrics.token_usage, 0.4)):
-        gauge.set(value)
-    found = read(metrics.text(), 16)
+    # SGLang's gauges stand still while a worker computes nothing: they count for nothing here.
+    metrics.running.set(99)
+    return metrics.text()
+
+
+def test_what_a_worker_of_sglang_says_is_read() -> None:
+    found = read(metrics_page(), loads(LOAD))
     assert found is not None
     assert asdict(found) == pytest.approx(
         {
-            **{"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 3, "prealloc": 2, "held": 0, "running": 8},
+            **{"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 5, "prealloc": 2, "held": 4, "running": 8},
             **{"usage": 0.4, "most": 16},
         }
     )
     assert found.full == 0.5
-    assert replace(found, most=0).full == 0.4
+    assert replace(found, most=0).full == pytest.approx(0.4 * 8 / 12)
+
+
+def test_ranks_of_data_parallelism_add_up_and_no_others_do() -> None:
+    one = metrics_page()
+    names = ("sglang:queue_time_seconds_count", "sglang:inter_token_latency_seconds_count")
+    plain = read(one, loads(LOAD))
+    assert plain is not None
+    for label in ('pp_rank="1"', 'tp_rank="3"'):
+        again = "\n".join(line.replace(label[:8] + '"0"', label) for line in one.splitlines() if line.startswith(names[0]))
+        assert label in again
+        assert read(one + again + "\n", loads(LOAD)) == plain
+    by_priority = "\n".join(line.replace("{", '{priority="7",') for line in one.splitlines() if line.startswith(names))
+    assert read(one + by_priority + "\n", loads(LOAD)) == plain
+    both = "\n".join(line.replace('tp_rank="0"', 'tp_rank="1",dp_rank="1"') for line in one.splitlines())
+    two = read(one + both, loads(LOAD, LOAD))
+    assert two is not None
+    assert (two.queued, two.most, two.running, two.usage) == (4, 32, 16, 0.4)
 
 
 def test_vllm_says_the_same_under_other_names() -> None:
     found = read(VLLM)
-    assert found == Figures(1.5, 3, 0.4, 10, 2, 0, 0, 4, 0.25)
+    assert found == Figures(1.5, 3, 0.4, 10, 2, 2, 0, 4, 0.25)
 
 
-def test_ranks_of_one_worker_count_together_and_the_fullest_is_how_full_it_is() -> None:
-    found = read(VLLM + VLLM.replace('engine="0"', 'engine="1"').replace("_perc{", '_perc{x="y",').replace("} 0.25", "} 0.75"))
-    assert found == Figures(3.0, 6, 0.8, 20, 4, 0, 0, 8, 0.75)
+def test_engines_of_one_vllm_server_add_up() -> None:
+    other = VLLM.replace('engine="0"', 'engine="1"').replace("} 0.25", "} 0.75")
+    assert read(VLLM + other) == Figures(3.0, 6, 0.8, 20, 4, 4, 0, 8, 0.75)
 
 
-@pytest.mark.parametrize("page", ["", "<html>", "up 1\n", VLLM.replace("} 4.0", "} NaN"), "sglang:num_running_reqs 1e999\n"])
+@pytest.mark.parametrize("page", ["", "<html>", "up 1\n", VLLM.replace("} 4.0", "} NaN"), "vllm:num_requests_running 1e999\n"])
 def test_another_page_is_no_figure(page: str) -> None:
     assert read(page) is None
 
 
 @pytest.mark.parametrize(
-    "page", ["", "[]", "{}", '{"loads": 3}', '{"loads": [{}]}', '{"loads": [{"max_running_requests": "x"}]}', "[" * 9999]
+    "page",
+    ["", "[]", "{}", '{"loads": 3}', '{"loads": [{}]}', '{"loads": [7]}', loads({**LOAD, "num_running_reqs": "x"}), "[" * 9999],
 )
 def test_loads_that_say_nothing(page: str) -> None:
-    assert autoscale.most_running(page) is None
-
-
-def test_ranks_of_a_worker_run_their_requests_side_by_side() -> None:
-    assert autoscale.most_running('{"loads": [{"max_running_requests": 16}, {"max_running_requests": 16}]}') == 32
+    assert read(VLLM, page) is None
 
 
 @given(st.text())
 def test_no_page_is_too_odd(page: str) -> None:
     read(page)
-    read(VLLM + page)
+    read(VLLM + page, page)
 
 
 ROLES = {"prefill-0": "prefill", "prefill-1": "prefill", "decode-0": "decode"}
@@ -91,7 +123,10 @@ spans = st.floats(0, 1e4)
 def looks(draw: st.DrawFn) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Two looks at workers that live on."""
     before = {
-        name: replace(NOTHING, queue_s=draw(spans), queued=draw(counts), gap_s=draw(spans), gaps=draw(counts)) for name in ROLES
+        name: replace(
+            NOTHING, queue_s=draw(spans), queued=draw(counts), gap_s=draw(spans), gaps=draw(counts), waiting=draw(counts)
+        )
+        for name in ROLES
     }
     after = {
         name: Figures(
@@ -112,8 +147,9 @@ def test_a_window_holds_what_was_added_in_it(both: tuple[dict[str, Figures], dic
     started = sum(since[name]["queued"] for name in ("prefill-0", "prefill-1"))
     mean = sum(since[name]["queue_s"] for name in ("prefill-0", "prefill-1")) / started if started else 0
     assert seen.prefill_wait_s >= mean - 1e-6
-    # Little: who still waits, waits as long as it takes to start as many.
-    assert seen.prefill_wait_s >= (after["prefill-0"].waiting + after["prefill-1"].waiting) / max(started, 1) * window - 1e-6
+    # Little: who waits at both ends, waits as long as it takes to start as many.
+    still = sum(min(before[name].waiting, after[name].waiting) for name in ("prefill-0", "prefill-1"))
+    assert seen.prefill_wait_s >= still / max(started, 1) * window - 1e-6
     if since["decode-0"]["gaps"]:
         assert seen.itl_s == pytest.approx(since["decode-0"]["gap_s"] / since["decode-0"]["gaps"], abs=1e-9)
     assert seen.decode_full == after["decode-0"].full <= after["decode-0"].usage
@@ -141,7 +177,8 @@ def test_a_worker_that_began_anew_counts_from_nothing() -> None:
 def test_a_queue_that_nobody_leaves_is_as_long_as_the_window_and_longer() -> None:
     idle = dict.fromkeys(ROLES, NOTHING)
     stuck = {**idle, "prefill-0": replace(NOTHING, waiting=3)}
-    assert observed(idle, stuck, ROLES, 10).prefill_wait_s == 30
+    assert observed(stuck, stuck, ROLES, 10).prefill_wait_s == 30
+    assert observed(idle, stuck, ROLES, 10).prefill_wait_s == 0, "one that just came is no queue"
     assert observed(idle, idle, ROLES, 10) == Observed(2, 1, 0, 0, 0, 0)
 
 
@@ -156,19 +193,19 @@ def test_a_wait_for_memory_is_shared_out_whole(wait: float, running: int, held: 
 def test_memory_held_by_who_waits_for_prefill_is_prefill_s_pressure() -> None:
     # 16 places a worker, one decodes, 15 wait for their prompt, and behind them a queue for places: prefill is what lacks.
     rule = Rule(1.0, 0.1)
-    idle = dict.fromkeys(("prefill-0", "decode-0", "decode-1"), NOTHING)
-    roles = {name: name.split("-")[0] for name in idle}
+    before = dict.fromkeys(("decode-0", "decode-1"), replace(NOTHING, prealloc=30)) | {"prefill-0": replace(NOTHING, waiting=2)}
+    roles = {name: name.split("-")[0] for name in before}
     stuck = replace(NOTHING, queued=5, gap_s=0.4, gaps=20, prealloc=30, held=15, running=1, usage=0.9, most=16)
-    seen = observed(idle, {"prefill-0": replace(NOTHING, queued=10, waiting=2), "decode-0": stuck, "decode-1": stuck}, roles, 5)
+    seen = observed(before, {"prefill-0": replace(NOTHING, queued=10, waiting=2), "decode-0": stuck, "decode-1": stuck}, roles, 5)
     assert seen.decode_full < 0.1
     assert seen.decode_wait_s < 2 < seen.prefill_wait_s
     decoding = replace(stuck, held=0, running=16)
-    full = observed(idle, {"prefill-0": replace(NOTHING, queued=10), "decode-0": decoding, "decode-1": decoding}, roles, 5)
+    full = observed(before, {"prefill-0": replace(NOTHING, queued=10), "decode-0": decoding, "decode-1": decoding}, roles, 5)
     assert full.prefill_wait_s == 0
     assert full.decode_wait_s == 30
     assert pressures(rule, full)[1] > 1
     quick = {name: replace(own, prealloc=2) for name, own in (("decode-0", stuck), ("decode-1", stuck))}
-    assert wish(rule, observed(idle, {"prefill-0": replace(NOTHING, queued=10, waiting=2), **quick}, roles, 5)) == "prefill"
+    assert wish(rule, observed(before, {"prefill-0": replace(NOTHING, queued=10, waiting=2), **quick}, roles, 5)) == "prefill"
 
 
 def plan(prefill: int, decode: int, prefill_gpus: int = 1, decode_gpus: int = 1, **more: Any) -> dict[str, Any]:
@@ -238,3 +275,34 @@ def test_lines_say_what_was_seen_and_what_follows() -> None:
     change = {"at": 0, "kind": "change", "ratio": "1p2d", "to": "2p1d", "took_s": 12.5, "ok": True, "why": ""}
     assert said(change).endswith("1p2d -> 2p1d: done, 12 s")
     assert said({**change, "ok": False, "why": "h2 is gone"}).endswith("1p2d -> 2p1d: FAILED: h2 is gone, 12 s")
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]),
+    st.floats(0, 4), st.floats(0, 4), st.floats(0.001, 1),
+)  # fmt: skip
+def test_a_step_is_never_one_that_its_own_outcome_would_take_back(
+    prefill: int, decode: int, p: int, d: int, wait: float, itl: float, full: float
+) -> None:
+    rule, deployed = Rule(1.0, 1.0), plan(prefill, decode, p, d)
+    seen = Observed(prefill, decode, wait, 0.0, itl, full)
+    move = wish(rule, seen, autoscale.step(deployed))
+    if move is None:
+        return
+    after = next_ratio(deployed, move)
+    assert after is not None, "what is wished for can be had"
+    made = ratios.parse(after)
+    # What the giver has to bear then; the taker has nothing any more that presses it.
+    then = Observed(made.prefill, made.decode, 0.0, 0.0, itl * decode / made.decode, full * decode / made.decode)
+    if move == "decode":
+        then = Observed(made.prefill, made.decode, wait * prefill / made.prefill, 0.0, 0.0, 0.0)
+    assert wish(rule, then, autoscale.step(plan(made.prefill, made.decode, p, d))) is None
+
+
+def test_a_missing_window_breaks_the_row() -> None:
+    rule = autoscale.Controller(Rule(1.0, 0.05))
+    hungry = Observed(2, 2, 3.0, 0.0, 0.01, 0.1)
+    assert rule.decide(0, hungry) is None
+    rule.forget()
+    assert rule.decide(20, hungry) is None
+    assert rule.decide(30, hungry) == "prefill"

@@ -167,3 +167,4 @@ def test_the_order_in_which_flags_are_written_is_no_other_command_line(names: li
     found = flags.argv(flags.canonical(shipped, {name: values[name] for name in names}, "w", {}))
     assert found == ["--log-level", "info", "--mem-fraction-static", "0.8", "--page-size", "16"]
     assert flags.argv({"json": {key: 1 for key in keys}}) == ["--json", '{"a":1,"b":1,"c":1}']
+    assert flags.argv({"json": {"b": 1, 10: {2: 1, "x": [{3: 1}]}}}) == ["--json", '{"10":{"2":1,"x":[{"3":1}]},"b":1}']

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-i", "--inventory", default=DEFAULT_INVENTORY, help="default: %(default)s")
     p.add_argument("-l", "--limit", metavar="PATTERN", help="change only these hosts, as for ansible-playbook")
+    p.add_argument(
+        "-e", "--extra", action="append", default=[], metavar="NAME=VALUE", help="a variable, or @FILE, for every play"
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be changed, and change nothing")
     promise = p.add_argument_group("what users are promised (default: the inventory's bench_slo_ttft_ms, bench_slo_tpot_ms)")
     promise.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="limit for the time to first token")

@@ -56,19 +56,19 @@ _CLOCKS_APART_S, _CLOCK_READS = 20e-6, 4
 
 
 def clocks() -> tuple[float, float]:
-    """Return `perf_counter`, and how far `time.time` is behind it, in s: both read with nothing between them.
+    """Return `perf_counter`, and how far `time.time` is behind it, in s: two clocks read with nothing between them.
 
     A process that loses its core between the two would stamp everything that it then reads as early as it was away; whoever
     asks a clock twice sees that, and asks again (a few times at most: the closest pair counts).
     """
-    best = (0.0, 0.0, float("inf"))
+    behind, apart, now = 0.0, float("inf"), 0.0
     for _ in range(_CLOCK_READS):
         before, wall, now = perf_counter(), time.time(), perf_counter()
-        if now - before < best[2]:
-            best = (now, (before + now) / 2 - wall, now - before)
-        if best[2] < _CLOCKS_APART_S:
+        if now - before < apart:
+            behind, apart = (before + now) / 2 - wall, now - before
+        if apart < _CLOCKS_APART_S:
             break
-    return best[0], best[1]
+    return now, behind
 
 
 class _Connection:

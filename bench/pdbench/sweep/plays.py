@@ -50,23 +50,22 @@ class Play:
     skip: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
+    #: once it ended; a thread whose `join` was interrupted says that it ended while it runs (bpo-45274, Python before 3.13)
+    ended: threading.Event = field(default_factory=threading.Event)
 
-    def start(self) -> threading.Thread:
+    def start(self) -> None:
         """Begin in a thread of its own."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        return thread
+        threading.Thread(target=self._run, daemon=True).start()
 
     def wait(self, tick: Callable[[str], None] = lambda line: None) -> None:
         """Run to the end, calling ``tick`` with the play's last line now and then; an interrupt ends the play first."""
-        thread = self.start()
+        self.start()
         try:
-            while thread.is_alive():
-                thread.join(_TICK_S)
+            while not self.ended.wait(_TICK_S):
                 tick(self.line)
         except BaseException:
             self.stop.set()
-            thread.join(30)
+            self.ended.wait(30)
             # ansible-runner ends ansible-playbook; the workers that it forked are in sessions of their own.
             end_orphans(self.scratch)
             raise
@@ -92,6 +91,7 @@ class Play:
             self.rc, self.why = 1, f"{self.playbook} could not be run: {error}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self.ended.set()
 
     def _heard(self, event: Mapping[str, Any], log: Any) -> bool:
         text = str(event.get("stdout") or "")
@@ -159,7 +159,7 @@ class Plays:
         self.up = list(dict.fromkeys(begun))
         #: whether nothing was measured since the last deploy: a run of somebody else's may still load the workers
         self.fresh = True
-        self.fetching: tuple[str, Play, threading.Thread] | None = None
+        self.fetching: tuple[str, Play] | None = None
 
     def _play(self, playbook: str, cell: Cell, variables: Mapping[str, Any], log: Path, skip: Sequence[str] = ()) -> Play:
         play = Play(playbook, variables, inventory_path(cell.inventory), self.limit, self.folder / SCRATCH, log, skip=skip)
@@ -239,20 +239,20 @@ class Plays:
         self._end_fetch()
         log = self.folder / "fetch-ahead.log"
         play = Play("playbooks/fetch.yml", cell.deploy, inventory_path(cell.inventory), self.limit, self.folder / SCRATCH, log)
-        self.fetching = (cell.deployment, play, play.start())
+        play.start()
+        self.fetching = (cell.deployment, play)
 
     def _end_fetch(self) -> None:
         """Wait for the fetch: two that write one model would be in each other's way. What it did not do, the deploy does."""
         if self.fetching:
-            while self.fetching[2].is_alive():
-                self.fetching[2].join(_TICK_S)
+            while not self.fetching[1].ended.wait(_TICK_S):
                 self.tick(f"fetching the model: {self.fetching[1].line}")
 
     def close(self) -> None:
         """End what still runs beside the sweep."""
         if self.fetching:
             self.fetching[1].stop.set()
-            self.fetching[2].join(30)
+            self.fetching[1].ended.wait(30)
         end_orphans(self.folder / SCRATCH)
 
 

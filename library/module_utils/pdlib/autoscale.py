@@ -10,7 +10,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Literal, Mapping, Optional, Sequence, Tuple
 
 from .errors import UserError
 from .ratio import Ratio
@@ -18,7 +18,10 @@ from .ratio import Ratio
 Json = Dict[str, Any]
 #: which role gets a worker that the other one gives
 Move = Literal["prefill", "decode"]
-_SAMPLE = re.compile(r"^([a-z_]+:[a-zA-Z0-9_]+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.M)
+_SAMPLE = re.compile(r"^([a-z_]+:[a-zA-Z0-9_]+)(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+#: how many workers of the other role leave for a role to get some, where one makes room for one
+ONE: Mapping[Move, int] = {"prefill": 1, "decode": 1}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class Controller:
     changed_at: float = field(default=-float("inf"))
     changing: bool = False
 
-    def decide(self, now: float, observed: Observed) -> Optional[Move]:
-        """Return which role should get a worker now, or None. After a move it waits for `done`."""
-        wanted = wish(self.rule, observed)
+    def decide(self, now: float, observed: Observed, leave: Mapping[Move, int] = ONE) -> Optional[Move]:
+        """Return which role should get a worker now, or None. After a move it waits for `done`; ``leave``: as of `wish`."""
+        wanted = wish(self.rule, observed, leave)
         self.seen = self.seen + 1 if wanted == self.wanted else 1
         self.wanted = wanted
         if wanted is None or self.changing or self.seen < self.rule.patience or now - self.changed_at < self.rule.rest_s:
@@ -81,6 +84,10 @@ class Controller:
         """Hear that the worker serves in its new role (or that the change failed)."""
         self.changing, self.changed_at = False, now
 
+    def forget(self) -> None:
+        """Begin to count anew: a window is missing, so that the next one is in a row with none."""
+        self.wanted, self.seen = None, 0
+
 
 def pressures(rule: Rule, observed: Observed) -> Tuple[float, float]:
     """Return the pressure on prefill and on decode; 1: the promise is just kept."""
@@ -89,19 +96,24 @@ def pressures(rule: Rule, observed: Observed) -> Tuple[float, float]:
     return prefill, decode
 
 
-def wish(rule: Rule, observed: Observed) -> Optional[Move]:
+def wish(rule: Rule, observed: Observed, leave: Mapping[Move, int] = ONE) -> Optional[Move]:
     """Return which role should get a worker of the other, by this window alone; None when neither should.
 
-    What a role would have without one worker: the same load on fewer. Decode's pressure grows by n / (n - 1), its latency by
-    less, as steps have a fixed part: so it errs towards staying. A queue in front of prefill has no such law: to give a worker,
-    it must be all but empty.
+    ``leave``: by the role that gets some, how many workers of the other leave for it (:func:`step`). What the other would have
+    without them: the same load on fewer. Decode's pressure grows by n / (n - k), its latency by less, as steps have a fixed
+    part: so it errs towards staying. A queue in front of prefill has no such law: to give a worker, it must be all but empty.
+    What a role has then is below what would make it wish for the worker back.
     """
     prefill, decode = pressures(rule, observed)
-    if prefill > rule.high and observed.decode > 1 and decode * observed.decode / (observed.decode - 1) < rule.low:
+    if prefill > rule.high and _without(decode, observed.decode, leave["prefill"]) < rule.low:
         return "prefill"
-    if decode > 1.0 and observed.prefill > 1 and prefill * observed.prefill / (observed.prefill - 1) < rule.low * rule.high:
+    if decode > 1.0 and _without(prefill, observed.prefill, leave["decode"]) < rule.low * rule.high:
         return "decode"
     return None
+
+
+def _without(pressure: float, workers: int, leave: int) -> float:
+    return pressure * workers / (workers - leave) if workers > leave else math.inf
 
 
 # -- from metrics pages to what the rule takes
@@ -141,51 +153,82 @@ class Figures:
 
 #: by figure the samples that hold it, the first that is shown counts; SGLang 0.5.23 srt/observability/metrics_collector.py, vLLM
 #: 0.33 vllm/v1/metrics/loggers.py
-_NAMES: Mapping[str, Sequence[str]] = {
+_COUNTERS: Mapping[str, Sequence[str]] = {
     "queue_s": ("sglang:queue_time_seconds_sum", "vllm:request_queue_time_seconds_sum"),
     "queued": ("sglang:queue_time_seconds_count", "vllm:request_queue_time_seconds_count"),
     "gap_s": ("sglang:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_sum"),
     "gaps": ("sglang:inter_token_latency_seconds_count", "vllm:inter_token_latency_seconds_count"),
-    "waiting": ("sglang:num_queue_reqs", "vllm:num_requests_waiting"),
-    "prealloc": ("sglang:num_decode_prealloc_queue_reqs",),
-    "held": ("sglang:num_decode_transfer_queue_reqs",),
-    "running": ("sglang:num_running_reqs", "vllm:num_requests_running"),
-    "usage": ("sglang:token_usage", "vllm:kv_cache_usage_perc"),
 }
+#: vLLM's gauges; SGLang's stand still while a worker computes nothing (Scheduler.on_idle), so its /v1/loads is asked instead
+_WAITING, _RUNNING, _USAGE = "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
 
 
-def read(page: str, most_running: Optional[int] = None) -> Optional[Figures]:
-    """Return what a worker's metrics page says, summed over data-parallel ranks (of usage: the fullest); None for another page.
+def read(page: str, loads: Optional[str] = None) -> Optional[Figures]:
+    """Return what a worker says: its metrics page, and its ``/v1/loads?include=core,disagg`` (None: the engine has none).
 
-    ``most_running``: how many requests run at most, None where that is not known.
+    Sums over data-parallel ranks; of usage, the fullest. None for pages that say nothing of it. Without ``/v1/loads`` (vLLM) it
+    is not told who waits for memory, or for a KV cache on its way: all that wait are taken to.
     """
-    found: Dict[str, List[float]] = {}
-    for name, value in _SAMPLE.findall(page):
+    samples = _samples(page)
+    given = {figure: next((samples[name] for name in names if name in samples), 0.0) for figure, names in _COUNTERS.items()}
+    if loads is None:
+        if _RUNNING not in samples:
+            return None
+        waiting = samples.get(_WAITING, 0.0)
+        return Figures(
+            **given, waiting=waiting, prealloc=waiting, held=0.0, running=samples[_RUNNING], usage=samples.get(_USAGE, 0.0)
+        )
+    gauges = _gauges(loads)
+    return Figures(**given, **gauges) if gauges is not None else None
+
+
+def _samples(page: str) -> Dict[str, float]:
+    """Return the samples of a page by name, each once.
+
+    Under one name there are ranks of data parallelism, which add up, other ranks of which each says the same, and shares of a
+    total by priority.
+    """
+    found: Dict[str, Dict[str, float]] = {}
+    for name, labels, text in _SAMPLE.findall(page):
+        own = dict(_LABEL.findall(labels))
         try:
-            found.setdefault(name, []).append(float(value))
+            value = float(text)
         except ValueError:
             continue
-    given = {figure: next((found[name] for name in names if name in found), []) for figure, names in _NAMES.items()}
-    if not given["running"]:
-        return None
-    flat = {figure: sum(values) for figure, values in given.items()}
-    flat["usage"] = max(given["usage"], default=0.0)
-    return Figures(**flat, most=float(most_running or 0)) if all(math.isfinite(value) for value in flat.values()) else None
+        if own.get("priority") or not math.isfinite(value):
+            continue
+        # What the front end counts has no rank: its label sets are parts of a whole.
+        of = own.get("dp_rank", "") if "tp_rank" in own else labels
+        ranks = found.setdefault(name, {})
+        ranks[of] = max(value, ranks.get(of, value))
+    return {name: max(ranks.values()) if name == _USAGE else sum(ranks.values()) for name, ranks in found.items()}
 
 
-def most_running(loads: str) -> Optional[int]:
-    """Return how many requests a worker runs at most over all its ranks, as its ``/v1/loads`` says; None where it does not."""
+def _gauges(loads: str) -> Optional[Dict[str, float]]:
+    found = dict.fromkeys(("waiting", "prealloc", "held", "running", "usage", "most"), 0.0)
     try:
-        return sum(int(load["max_running_requests"]) for load in json.loads(loads)["loads"]) or None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        for load in json.loads(loads)["loads"]:
+            disagg = load.get("disaggregation") or {}
+            prealloc, held = (float(disagg.get(f"decode_{queue}_queue_reqs") or 0) for queue in ("prealloc", "transfer"))
+            elsewhere = prealloc + held + float(disagg.get("prefill_bootstrap_queue_reqs") or 0)
+            # num_waiting_reqs are all that are here and do not run.
+            found["waiting"] += max(0.0, float(load["num_waiting_reqs"]) - elsewhere)
+            found["prealloc"] += prealloc
+            found["held"] += held
+            found["running"] += float(load["num_running_reqs"])
+            found["most"] += float(load.get("max_running_requests") or 0)
+            found["usage"] = max(found["usage"], float(load.get("token_usage") or 0))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return found if all(math.isfinite(value) for value in found.values()) else None
 
 
 def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles: Mapping[str, str], window_s: float) -> Observed:
     """Return a window of ``window_s`` seconds between two looks at the workers (by name; ``roles``: their role).
 
     A counter that fell is that of a process which began anew in the window: all that it counts is of the window. Waits follow
-    from requests that went on in it (their mean), and by Little's law from those that still wait: the larger of the two.
+    from requests that went on in it (their mean), and by Little's law from those that wait at both its ends (one that just came
+    is no queue): the larger of the two. Who waits for memory that others hold who wait for prefill, waits for prefill.
     """
     grown = {name: _grown(before.get(name), after[name]) for name in roles}
     prefill, decode = ([name for name, role in roles.items() if role == wanted] for wanted in ("prefill", "decode"))
@@ -194,8 +237,9 @@ def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles:
         return sum(grown[name][figure] for name in names)
 
     started, joined, gaps = total(prefill, "queued"), total(decode, "queued"), total(decode, "gaps")
-    still = sum(after[name].waiting for name in prefill)
-    wait = sum(after[name].prealloc for name in decode) / max(joined, 1.0) * window_s
+    still = sum(min(after[name].waiting, before[name].waiting) for name in prefill if name in before)
+    behind_memory = sum(min(after[name].prealloc, before[name].prealloc) for name in decode if name in before)
+    wait = behind_memory / max(joined, 1.0) * window_s
     memory, behind = parted(wait, sum(after[name].running for name in decode), sum(after[name].held for name in decode))
     return Observed(
         prefill=len(prefill),
@@ -251,17 +295,26 @@ def _counts(plan: Mapping[str, Any]) -> Dict[str, int]:
     return {role: sum(worker["role"] == role for worker in plan["workers"]) for role in ("prefill", "decode", "aggregated")}
 
 
+def _gpus(plan: Mapping[str, Any]) -> Dict[str, int]:
+    return {worker["role"]: max(1, int(worker["gpus"])) for worker in plan["workers"]}
+
+
+def step(plan: Mapping[str, Any]) -> Dict[Move, int]:
+    """Return how many workers leave their role for the other one to get at least one, by the role that gets it."""
+    gpus = _gpus(plan)
+    return {"prefill": -(-gpus["prefill"] // gpus["decode"]), "decode": -(-gpus["decode"] // gpus["prefill"])}
+
+
 def next_ratio(plan: Mapping[str, Any], move: Move) -> Optional[str]:
     """Return the ratio after a move: as few workers as make room for at least one of the other role; None when none would be left.
 
     Workers of the two roles may have other numbers of GPUs.
     """
     counts = _counts(plan)
-    gpus = {worker["role"]: int(worker["gpus"]) for worker in plan["workers"]}
-    source = "decode" if move == "prefill" else "prefill"
-    need, gives = max(gpus[move], 1), max(gpus[source], 1)
-    counts[source] -= -(-need // gives)
-    counts[move] += max(1, gives // need)
+    gpus = _gpus(plan)
+    source: Move = "decode" if move == "prefill" else "prefill"
+    counts[source] -= step(plan)[move]
+    counts[move] += max(1, gpus[source] // gpus[move])
     return str(Ratio(**counts)) if counts[source] > 0 else None
 
 

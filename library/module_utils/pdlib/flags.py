@@ -134,9 +134,16 @@ def argv(args: Mapping[str, Any]) -> List[str]:
         if isinstance(value, bool):
             continue
         if isinstance(value, Mapping):
-            items.append(json.dumps(value, separators=(",", ":"), sort_keys=True))
+            items.append(json.dumps(_worded(value), separators=(",", ":"), sort_keys=True))
         elif isinstance(value, (list, tuple)):
             items += [str(item) for item in value]
         else:
             items.append(str(value))
     return items
+
+
+def _worded(value: Any) -> Any:
+    """Return a value with the keys of all its mappings as text, as JSON has them, so that they have one order."""
+    if isinstance(value, Mapping):
+        return {str(key): _worded(item) for key, item in value.items()}
+    return [_worded(item) for item in value] if isinstance(value, (list, tuple)) else value
