@@ -32,7 +32,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-pd_plan: {description: The plan; empty for C(verb=teardown)., returned: always, type: dict, sample: {ratio: 3p1d}}
+pd_plan: {description: The plan; empty for C(verb=teardown) and C(watch)., returned: always, type: dict, sample: {ratio: 3p1d}}
 pd_hosts:
   description: By host, what every role needs to know.
   returned: always
@@ -41,15 +41,15 @@ pd_hosts:
 pd_owner: {description: Who runs this command., returned: always, type: dict, sample: {pid: 4711, verb: deploy}}
 pd_settings: {description: "The deployment's variables, typed and without secrets.", returned: always, type: dict, sample: {purge: false}}
 pd_live_pids: {description: Processes of the controller that may hold a lock., returned: always, type: list, elements: int, sample: [4711]}
-pd_units: {description: "By host, its services.", returned: unless C(verb=teardown), type: dict, sample: {n1: [{name: pd-prefill-0}]}}
+pd_units: {description: "By host, its services.", returned: unless C(verb) is teardown or watch, type: dict, sample: {n1: [{name: pd-prefill-0}]}}
 pd_leaving:
   description: Workers of the deployed plan that stop or start anew, and where they answer.
-  returned: unless C(verb=teardown)
+  returned: unless C(verb) is teardown or watch
   type: dict
   sample: {decode-1: "http://n2:30001"}
 pd_firewall:
   description: "By host that has a firewall or gets one, its ruleset while the deployment changes and after it; empty: none."
-  returned: unless C(verb=teardown)
+  returned: unless C(verb) is teardown or watch
   type: dict
   sample: {n1: {during: "table inet pd", after: "table inet pd"}}
 pd_moves:
@@ -59,12 +59,12 @@ pd_moves:
   sample: {moves: [{number: 1, says: prefill-2 (h3) becomes decode-1}], fresh: []}
 pd_accelerators:
   description: By host, whether the plan uses its GPUs and RDMA devices.
-  returned: unless C(verb=teardown)
+  returned: unless C(verb) is teardown or watch
   type: dict
   sample: {n1: true}
 pd_probe:
   description: What the KV path probe has to do.
-  returned: unless C(verb=teardown)
+  returned: unless C(verb) is teardown or watch
   type: dict
   sample: {says: "KV path probe: 3 of 3 paths", pairs: []}
 pd_examined:
