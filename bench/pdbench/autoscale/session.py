@@ -37,10 +37,9 @@ class SessionOverError(Exception):
 class Session:
     """What turns share: where the log is, and the rule with the rest that the last change asks for."""
 
-    def __init__(self, args: argparse.Namespace, rule: autoscale.Rule, folder: Path, given: Json) -> None:
+    def __init__(self, args: argparse.Namespace, rule: autoscale.Rule, folder: Path, inventory: str, given: Json) -> None:
         """Begin a log in ``folder``; ``given``: variables of the user for every play."""
-        self.args, self.rule, self.folder, self.given = args, rule, folder, given
-        self.inventory = plays.inventory_path(args.inventory)
+        self.args, self.rule, self.folder, self.inventory, self.given = args, rule, folder, inventory, given
         self.log = folder / LOG
         self.until = time.time() + args.seconds if args.seconds else None
         self.rest_until = 0.0
@@ -174,7 +173,7 @@ def say(text: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch and change until the time is over or a human says so; return the exit code. Raise UserError for what cannot be."""
-    given = extra(args.extra)
+    inventory, given = plays.inventory_path(args.inventory), extra(args.extra)
     settings.check_typed(given, args.extra)
     rule = autoscale.Rule(*_promise(args, given), patience=args.patience, rest_s=args.rest)
     folder = args.output or ROOT / "results" / f"autoscale-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
@@ -183,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     what = "nothing is changed (--dry-run)" if args.dry_run else "ratios are changed by rebalance.yml"
     say(f"TTFT {rule.ttft_s * 1000:g} ms, TPOT {rule.itl_s * 1000:g} ms are promised; a look every {args.every:g} s; {what}")
-    session, code = Session(args, rule, folder, given), 0
+    session, code = Session(args, rule, folder, inventory, given), 0
     try:
         with plays.interruptible():
             _turns(session)
