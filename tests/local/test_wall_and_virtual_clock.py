@@ -87,7 +87,7 @@ def record(worker: Worker, calls: Calls) -> None:
 
 
 def replay(engine: Engine, calls: Calls) -> dict[tuple[int, int], float]:
-    """Make the same calls in virtual time; return when each (job, token) was due."""
+    """Make the same calls in virtual time; return when each (request, token) was due."""
     worker = Worker(engine.rates, engine.worker.limits)
     twins: dict[int, Request] = {}
     due: dict[tuple[int, int], float] = {}
@@ -97,7 +97,7 @@ def replay(engine: Engine, calls: Calls) -> dict[tuple[int, int], float]:
             name, at, (request, *rest) = waiting.popleft()
             if name == "submit":
                 twins[id(request)] = Request(
-                    request.way, request.prompt_tokens, request.output_tokens, request.prompt, tag=id(request.tag)
+                    request.way, request.prompt_tokens, request.output_tokens, request.prompt, tag=id(request)
                 )
             twin = twins[id(request)]
             if name == "grant":  # by then the handshake has said where the KV goes, and how
@@ -152,7 +152,7 @@ async def run(load: Workload) -> tuple[list[float], list[float], list[float]]:
 
             def note(now: float, most: float, seen: Any = seen, real: Any = engine.worker.tokens) -> list[Token]:
                 due: list[Token] = real(now, most)
-                seen |= {(id(request.tag), number): at for at, request, number in due}
+                seen |= {(id(request), number): at for at, request, number in due}
                 return due
 
             engine.worker.tokens = note  # type: ignore[method-assign, assignment]
