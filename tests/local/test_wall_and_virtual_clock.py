@@ -185,7 +185,7 @@ async def run(load: Workload) -> tuple[list[float], list[float], list[float]]:
         for owner, job, watch in kept:
             if owner is engine:
                 assert len(watch.times) == job.tokens
-                lateness += [at - due_at[id(job), index] for index, at in enumerate(watch.times)]
+                lateness += [at - due_at[id(job.request), index] for index, at in enumerate(watch.times)]
     real = [
         job.last_at - begin - due
         for (owner, job, _), (due, _, _) in zip([row for row in kept if row[0].role != "prefill"], load.arrivals, strict=True)
