@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,11 +81,21 @@ def test_what_autoscale_looks_at_is_what_the_engine_says(real: Real) -> None:
             found[name] = read
         return found
 
+    def streamed(prompt: list[int]) -> None:
+        sampling = {"max_new_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+        body = json.dumps({"input_ids": prompt, "sampling_params": sampling, "stream": True}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{real.checkout.url}/generate", body, headers), timeout=60) as answer:
+            assert b"[DONE]" in answer.read()
+
     before = look()
-    real.greedy(helpers.prompts(LENGTHS, seed=3), OUTPUT_TOKENS)
+    for prompt in helpers.prompts(LENGTHS, seed=3):
+        streamed(prompt)
     after = look()
     assert after["prefill-0"].queued - before["prefill-0"].queued == len(LENGTHS)
     assert after["decode-0"].queued - before["decode-0"].queued == len(LENGTHS)
+    assert after["decode-0"].gaps > before["decode-0"].gaps
+    assert after["decode-0"].answers - before["decode-0"].answers == len(LENGTHS)
     seen = autoscale.observed(before, after, roles, 10)
     assert (seen.prefill, seen.decode) == (1, 1)
     assert 0 < seen.prefill_wait_s < 60

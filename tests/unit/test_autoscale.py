@@ -61,7 +61,7 @@ def test_what_a_worker_of_sglang_says_is_read() -> None:
     assert asdict(found) == pytest.approx(
         {
             **{"queue_s": 2.0, "queued": 2, "gap_s": 0.04, "gaps": 2, "waiting": 5, "prealloc": 2, "held": 4, "running": 8},
-            **{"usage": 0.4, "most": 16},
+            **{"usage": 0.4, "most": 16, "answer_s": 0, "answers": 0},
         }
     )
     assert found.full == 0.5
@@ -164,6 +164,14 @@ def test_shifting_all_counters_changes_nothing(both: tuple[dict[str, Figures], d
     ]
     there, here = observed(moved[0], moved[1], ROLES, 10), observed(before, after, ROLES, 10)
     assert asdict(there) == pytest.approx(asdict(here), rel=1e-6, abs=1e-6)
+
+
+def test_answers_that_are_not_streamed_have_a_pace_too() -> None:
+    before = dict.fromkeys(ROLES, NOTHING)
+    whole = {**before, "decode-0": replace(NOTHING, answer_s=0.09, answers=3)}
+    assert observed(before, whole, ROLES, 10).itl_s == pytest.approx(0.03)
+    mixed = {**before, "decode-0": replace(NOTHING, answer_s=0.09, answers=3, gap_s=0.2, gaps=4)}
+    assert observed(before, mixed, ROLES, 10).itl_s == 0.05
 
 
 def test_a_worker_that_began_anew_counts_from_nothing() -> None:

@@ -124,7 +124,8 @@ class Figures:
     """What a worker says at one moment.
 
     Counters since its start: ``queued`` requests that waited ``queue_s`` in all before their first forward pass (prefill) or
-    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all. Gauges, in requests: ``waiting`` for that, or for memory
+    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all, ``answers`` whose time per output token adds up to
+    ``answer_s``: who does not stream has no gaps. Gauges, in requests: ``waiting`` for that, or for memory
     of the KV cache (``prealloc``), ``held``: have memory, and their prompt is not there yet, ``running``; ``usage``: the share of
     that memory that is taken; ``most``: requests that run at most, 0 where that is not known.
     """
@@ -139,6 +140,8 @@ class Figures:
     running: float
     usage: float
     most: float = 0.0
+    answer_s: float = 0.0
+    answers: float = 0.0
 
     @property
     def decoding(self) -> float:
@@ -158,6 +161,8 @@ _COUNTERS: Mapping[str, Sequence[str]] = {
     "queued": ("sglang:queue_time_seconds_count", "vllm:request_queue_time_seconds_count"),
     "gap_s": ("sglang:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_sum"),
     "gaps": ("sglang:inter_token_latency_seconds_count", "vllm:inter_token_latency_seconds_count"),
+    "answer_s": ("sglang:request_time_per_output_token_seconds_sum", "vllm:request_time_per_output_token_seconds_sum"),
+    "answers": ("sglang:request_time_per_output_token_seconds_count", "vllm:request_time_per_output_token_seconds_count"),
 }
 #: vLLM's gauges; SGLang's stand still while a worker computes nothing (Scheduler.on_idle), so its /v1/loads is asked instead
 _WAITING, _RUNNING, _USAGE = "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
@@ -236,7 +241,8 @@ def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles:
     def total(names: Sequence[str], figure: str) -> float:
         return sum(grown[name][figure] for name in names)
 
-    started, joined, gaps = total(prefill, "queued"), total(decode, "queued"), total(decode, "gaps")
+    started, joined = total(prefill, "queued"), total(decode, "queued")
+    pace, of = ("gap_s", "gaps") if total(decode, "gaps") else ("answer_s", "answers")
     still = sum(min(after[name].waiting, before[name].waiting) for name in prefill if name in before)
     behind_memory = sum(min(after[name].prealloc, before[name].prealloc) for name in decode if name in before)
     wait = behind_memory / max(joined, 1.0) * window_s
@@ -247,7 +253,7 @@ def observed(before: Mapping[str, Figures], after: Mapping[str, Figures], roles:
         prefill_wait_s=max(total(prefill, "queue_s") / started if started else 0.0, still / max(started, 1.0) * window_s)
         + behind,
         decode_wait_s=memory,
-        itl_s=total(decode, "gap_s") / gaps if gaps else 0.0,
+        itl_s=total(decode, pace) / total(decode, of) if total(decode, of) else 0.0,
         decode_full=max((after[name].full for name in decode), default=0.0),
     )
 
@@ -261,7 +267,7 @@ def parted(wait_s: float, running: float, held: float) -> Tuple[float, float]:
 def _grown(before: Optional[Figures], after: Figures) -> Dict[str, float]:
     own = asdict(after)
     since = asdict(before) if before and before.queued <= after.queued and before.gaps <= after.gaps else dict.fromkeys(own, 0.0)
-    return {figure: own[figure] - since[figure] for figure in ("queue_s", "queued", "gap_s", "gaps")}
+    return {figure: own[figure] - since[figure] for figure in ("queue_s", "queued", "gap_s", "gaps", "answer_s", "answers")}
 
 
 # -- from a decision to a ratio
