@@ -21,6 +21,8 @@ from pdlib import processes
 REPO = Path(__file__).resolve().parents[2]
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
+#: what the gate finds where other work of this machine keeps the load generator from its own
+HELD_UP = {"client-loop", "client-on-time", "client-load"}
 
 
 def free_base(count: int, start: int) -> int:
@@ -44,7 +46,7 @@ class Play:
         self.changed = {host: int(changed) for host, changed, _ in rows}
 
     def good(self) -> Play:
-        assert self.code == 0, self.text[-6000:]
+        assert self.code == 0, self.text[-3000:]
         return self
 
 
@@ -92,6 +94,27 @@ class Checkout:
             out, _ = process.communicate()
             pytest.fail(f"{args} took over {timeout} s:\n{out[-4000:]}")
         return Play(subprocess.CompletedProcess(args, process.returncode, out, ""))
+
+    def measured(self, *args: str, timeout: float = 280) -> Play:
+        """A bench.yml whose run, results/latest, is valid.
+
+        Load generator, workers and other tests share the cores of this machine. A run in which the generator was kept from its
+        work is rightly refused by the gate: that, and nothing else, is tried again.
+        """
+        for _ in range(3):
+            done = self.play("bench.yml", *args, timeout=timeout)
+            path = self.folder / "results" / "latest" / "validity.json"
+            if not path.exists():
+                break
+            verdict = json.loads(path.read_text())
+            if done.code == 0:
+                assert verdict["valid"] is True
+                break
+            faults = {check["id"]: check["message"] for check in verdict["checks"] if not check["ok"]}
+            print("not valid:", faults)
+            if not faults.keys() <= HELD_UP:
+                break
+        return done.good()
 
     def state(self, host: str) -> Path:
         return self.folder / ".pd" / f"state-{host}"

@@ -18,7 +18,7 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     files = clean.files()
     clean.play("deploy_pd.yml", "-l", "gh200,a100").good()
     assert sorted(clean.pids()) == ["pd-decode-0", "pd-prefill-0", "pd-prefill-1", "pd-prefill-2", "pd-router"]
-    done = clean.play("bench.yml", "-e", "ratio=3p1d", "-e", "bench_selfcheck=true", *LOAD).good()
+    done = clean.measured("-e", "ratio=3p1d", "-e", "bench_selfcheck=true", *LOAD)
     run = clean.folder / "results" / "latest"
     for name in ("manifest.json", "plan.json", "requests.parquet", "summary.json", "validity.json", "report.html", "logs"):
         assert (run / name).exists(), name
@@ -36,7 +36,7 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
     assert "client-calibrated" in (run / "report.html").read_text()
     assert "in flight" in (run / "run.log").read_text()
     # the same run again from its own manifest
-    clean.play("bench.yml", "-e", f"@{run.resolve()}/manifest.json").good()
+    clean.measured("-e", f"@{run.resolve()}/manifest.json")
     again = json.loads((clean.folder / "results" / "latest" / "summary.json").read_text())
     assert [p["num_requests"] for p in again["points"]] == [p["num_requests"] for p in summary["points"]]
     clean.play("teardown.yml").good()
@@ -47,7 +47,7 @@ def test_the_three_commands_and_no_residue(clean: Checkout) -> None:
 
 
 def test_an_interrupted_bench_is_fetched_by_the_next(clean: Checkout) -> None:
-    clean.play("bench.yml", "-e", "bench_num_requests=8", "-e", "bench_output_len=4", "-e", "bench_concurrency=4").good()
+    clean.measured("-e", "bench_num_requests=8", "-e", "bench_output_len=4", "-e", "bench_concurrency=4")
     old = {path.name for path in (clean.folder / "results").iterdir()}
     process = clean.start("bench.yml", "-e", "bench_num_requests=4000", "-e", "bench_concurrency=4", "-e", "run_label=cut")
     runs = clean.state("a100") / "runs"
@@ -60,7 +60,7 @@ def test_an_interrupted_bench_is_fetched_by_the_next(clean: Checkout) -> None:
     assert process.returncode != 0
     run_id = next(runs.glob("*cut")).name
     assert processes.ours(str(clean.state("a100")), f"bench-{run_id}"), "the load must go on without the controller"
-    clean.play("bench.yml", "-e", "bench_num_requests=8", "-e", "bench_output_len=4", "-e", "bench_concurrency=4").good()
+    clean.measured("-e", "bench_num_requests=8", "-e", "bench_output_len=4", "-e", "bench_concurrency=4")
     new = {path.name for path in (clean.folder / "results").iterdir()} - old
     assert run_id in new
     verdict = json.loads((clean.folder / "results" / run_id / "validity.json").read_text())

@@ -67,7 +67,7 @@ def test_what_the_ratio_does_not_need_may_be_left_out(clean: Checkout) -> None:
 
 def test_aggregated_workers_under_a_load_in_stages(clean: Checkout) -> None:
     load = {"prefix_len": 16, "stages": [{"concurrency": 4}, {"batch": 6}]}
-    clean.play("bench.yml", "-e", "ratio=2agg", "-e", json.dumps({"bench_load": load}), *LOAD[2:]).good()
+    clean.measured("-e", "ratio=2agg", "-e", json.dumps({"bench_load": load}), *LOAD[2:])
     points = json.loads((clean.folder / "results" / "latest" / "summary.json").read_text())["points"]
     assert [(p["concurrency"], p["num_requests"], p["shared_prefix"]) for p in points] == [(4, 24, True), (6, 6, True)]
     assert sorted(clean.pids()) == ["pd-aggregated-0", "pd-aggregated-1", "pd-router"]

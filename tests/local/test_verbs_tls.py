@@ -52,7 +52,7 @@ def test_refused_before_any_host_is_touched(checkout: Checkout, tmp_path: Path) 
 def test_every_client_of_ours_asks_over_tls(clean: Checkout, tmp_path: Path) -> None:
     ca = certificate(tmp_path, "ca", ())
     own = certificate(tmp_path, "own", signer=ca)
-    done = clean.play("bench.yml", *words(own, ca), *LOAD).good()
+    done = clean.measured(*words(own, ca), *LOAD)
     assert f"ready: {clean.url.replace('http:', 'https:')}" in done.text
     run = clean.folder / "results" / "latest"
     assert json.loads((run / "validity.json").read_text())["valid"] is True

@@ -48,6 +48,10 @@ class Real:
     def play(self, verb: str, *arguments: str) -> Play:
         return self.checkout.play(*self.words(verb, *arguments), timeout=800)
 
+    def measured(self, *arguments: str) -> Play:
+        """A bench.yml with a valid run."""
+        return self.checkout.measured(*self.words("bench.yml", *arguments)[1:], timeout=800)
+
     def plan(self) -> dict[str, Any]:
         """The deployed plan."""
         content: dict[str, Any] = json.loads((self.checkout.state("cpu") / "plan.json").read_text())

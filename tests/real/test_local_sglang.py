@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from local.conftest import REPO
+from local.conftest import HELD_UP, REPO
 from real import helpers
 from real.deployment import ADMIN_KEY, KEY, Real, deployed, extra
 
@@ -88,12 +89,15 @@ def test_what_autoscale_looks_at_is_what_the_engine_says(real: Real) -> None:
         with urllib.request.urlopen(urllib.request.Request(f"{real.checkout.url}/generate", body, headers), timeout=60) as answer:
             assert b"[DONE]" in answer.read()
 
-    before = look()
+    before, began = look(), time.monotonic()
     for prompt in helpers.prompts(LENGTHS, seed=3):
         streamed(prompt)
     after = look()
-    assert after["prefill-0"].queued - before["prefill-0"].queued == len(LENGTHS)
-    assert after["decode-0"].queued - before["decode-0"].queued == len(LENGTHS)
+    # A worker with nothing to do answers its router's question for its health by a token: a request that queued, too.
+    router = real.plan()["router"]["argv"]
+    checks = 2 + (time.monotonic() - began) // float(router[router.index("--health-check-interval-secs") + 1])
+    for name in workers:
+        assert 0 <= after[name].queued - before[name].queued - len(LENGTHS) <= checks
     assert after["decode-0"].gaps > before["decode-0"].gaps
     assert after["decode-0"].answers - before["decode-0"].answers == len(LENGTHS)
     seen = autoscale.observed(before, after, roles, 10)
@@ -113,21 +117,9 @@ def test_an_answer_depends_on_the_start_of_its_prompt(real: Real, answers: list[
 
 
 def bench(real: Real, load: dict[str, object]) -> Path:
-    """The folder of a valid run.
-
-    Engine and client share the machine's cores. Where these are busy otherwise the gate rightly refuses a run in which the
-    client was kept from its work; that, and nothing else, is tried again.
-    """
-    for _ in range(3):
-        play = real.play("bench.yml", "-e", "ratio=1p1d", *extra(load))
-        run = real.checkout.folder / "results" / "latest"
-        verdict = json.loads((run / "validity.json").read_text())
-        assert verdict["valid"] is (play.code == 0), play.text[-4000:]
-        faults = [check for check in verdict["checks"] if not check["ok"]]
-        if not faults:
-            return run
-        assert {check["id"] for check in faults} <= {"client-loop", "client-on-time", "client-load"}, faults
-    pytest.fail(f"the machine was too busy for a valid run, three times: {faults}")
+    """The folder of a valid run."""
+    real.measured("-e", "ratio=1p1d", *extra(load))
+    return real.checkout.folder / "results" / "latest"
 
 
 def test_a_bench_with_lengths_of_real_conversations_is_valid(real: Real) -> None:
@@ -227,7 +219,7 @@ def test_a_wrong_kv_cache_makes_a_run_invalid(real: Real) -> None:
     faults = {check["id"]: check["message"] for check in verdict["checks"] if not check["ok"]}
     # where other work keeps the client from its own, the gate says that, too
     assert "kv-correct" in faults
-    assert set(faults) <= {"kv-correct", "client-loop", "client-on-time", "client-load"}
+    assert faults.keys() <= {"kv-correct", *HELD_UP}
     assert faults["kv-correct"].startswith("prefill-0 to decode-0: the KV cache of 4 of 4 prompts arrived wrong")
 
 

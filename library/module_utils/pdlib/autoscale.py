@@ -124,7 +124,7 @@ class Figures:
     """What a worker says at one moment.
 
     Counters since its start: ``queued`` requests that waited ``queue_s`` in all before their first forward pass (prefill) or
-    batch (decode), ``gaps`` between tokens that took ``gap_s`` in all, ``answers`` whose time per output token adds up to
+    batch (decode); SGLang counts the token by which a worker with nothing to do answers ``/health``, too. ``gaps`` between tokens that took ``gap_s`` in all, ``answers`` whose time per output token adds up to
     ``answer_s``: who does not stream has no gaps. Gauges, in requests: ``waiting`` for that, or for memory
     of the KV cache (``prealloc``), ``held``: have memory, and their prompt is not there yet, ``running``; ``usage``: the share of
     that memory that is taken; ``most``: requests that run at most, 0 where that is not known.
