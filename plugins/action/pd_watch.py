@@ -91,15 +91,15 @@ class ActionModule(ActionBase):
         seen = autoscale.observed(ends[0], ends[1], roles, told["at_s"] - before["at_s"])
         leave = autoscale.step(plan)
         move = rule.decide(time.monotonic(), seen, leave)
-        ratio = autoscale.next_ratio(plan, move) if move else None
+        wanted = autoscale.next_ratio(plan, move) if move else None
+        ratio = "" if wanted in job["unfit"].get(plan["ratio"], []) else wanted or ""
         self._note(
             job, ratio=plan["ratio"], says=autoscale.words(rule.rule, seen), pressures=autoscale.pressures(rule.rule, seen),
-            wish=autoscale.wish(rule.rule, seen, leave), to=ratio, seen=vars(seen),
+            wish=autoscale.wish(rule.rule, seen, leave), to=ratio or None, unfit=None if ratio else wanted, seen=vars(seen),
         )  # fmt: skip
-        if move and (ratio is None or job["dry_run"]):
+        if move and not ratio:
             rule.done(time.monotonic())
-            return ""
-        return ratio or ""
+        return ratio
 
     def _look(self, variables: dict[str, Any]) -> tuple[Json | None, str]:
         """Return what the workers say, or (None, why the host that asks them does not answer)."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab.base import sources as own_sources
-from lab.common import children, run
+from lab.common import REPO, children, run
 
 #: A file with the other distribution's apt sources, for a machine of one of them.
 ASKED = "PD_FIRST_CONTACT_{}_SOURCES"
+#: Ubuntu's keys as its own mirrors have them, and what is in it: the keyring of Debian 13's signed ubuntu-keyring, byte for byte
+KEYS = "pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb"
+KEYRING_SHA256 = "80a36b0a6de2f69f49d2df75ef473ccde121e9e190b9ea01d20a4f63778d5c31"
+#: no Signed-By: in the root it is Ubuntu's own keyring that apt trusts, which has another path than ours
+UBUNTU = "Types: deb\nURIs: {uri}\nSuites: noble noble-updates noble-security\nComponents: main universe\n"
 #: A process namespace: what a command leaves behind is in it, and ends with it.
 ENTER = """
 root=$1; shift
@@ -30,25 +39,57 @@ exec chroot "$root" /bin/sh -c 'sleep infinity & wait'
 """
 
 
-def sources(distribution: str) -> tuple[list[Path], str]:
-    """Return the apt sources of a distribution and the suite that they name; none where this machine has none."""
+@dataclass(frozen=True)
+class Sources:
+    """A distribution's apt sources: files for apt, the suite that they name, and its keys where apt here has none of them."""
+
+    files: tuple[Path, ...]
+    suite: str
+    keyring: Path | None = None
+
+
+@functools.cache
+def sources(distribution: str) -> Sources | None:
+    """Return the apt sources of a distribution, None where this machine knows of none."""
     asked = os.environ.get(ASKED.format(distribution.upper()))
     files = [Path(asked)] if asked else [path for path in own_sources() if distribution in path.read_text()]
     text = "\n".join(path.read_text() for path in files)
     suite = re.search(r"^Suites:\s*(\S+)|^deb\s+(?:\[[^]]*\]\s+)?\S+\s+(\S+)", text, re.M)
-    return files, (suite[1] or suite[2]) if suite else ""
+    if suite:
+        return Sources(tuple(files), suite[1] or suite[2])
+    return _ubuntu_beside_debian() if distribution == "ubuntu" else None
 
 
-def make(folder: Path, distribution: str) -> Path:
+def _ubuntu_beside_debian() -> Sources | None:
+    """Return the sources of Ubuntu on this machine's own mirror of Debian: many mirrors have both, side by side."""
+    uris = re.findall(r"https?://\S+/debian(?=/?\s)", "\n".join(path.read_text() for path in own_sources()))
+    for uri in {uri.removesuffix("debian") + "ubuntu" for uri in uris}:
+        try:
+            with urllib.request.urlopen(f"{uri}/{KEYS}", timeout=20) as answer:
+                package = answer.read()
+        except OSError:
+            continue
+        folder = REPO / ".pd" / "first-contact-ubuntu"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "keys.deb").write_bytes(package)
+        (folder / "ubuntu.sources").write_text(UBUNTU.format(uri=uri))
+        run("dpkg-deb", "-x", folder / "keys.deb", folder)
+        keyring = folder / "usr/share/keyrings/ubuntu-archive-keyring.gpg"
+        assert hashlib.sha256(keyring.read_bytes()).hexdigest() == KEYRING_SHA256, f"{uri}/{KEYS} holds other keys than Debian's"
+        return Sources((folder / "ubuntu.sources",), "noble", keyring)
+    return None
+
+
+def make(folder: Path, found: Sources) -> Path:
     """Make the bare root: what `apt` itself needs, and no more."""
-    files, suite = sources(distribution)
     root = folder / "root"
     run(
         *("mmdebstrap", "--variant=minbase", "--format=directory", "--dpkgopt=force-unsafe-io"),
         *('--aptopt=Acquire::Languages "none"', '--aptopt=Acquire::Check-Valid-Until "false"'),
-        suite,
+        *([f"--keyring={found.keyring}"] if found.keyring else []),
+        found.suite,
         root,
-        *files,
+        *found.files,
         env={**os.environ, "TMPDIR": str(folder)},
     )
     for name in ("resolv.conf", "hosts"):

@@ -36,8 +36,7 @@ def unfit(distribution: str) -> str:
     """Return why this machine cannot make such a root, "" when it can."""
     if reason := base.unfit():
         return reason
-    files, suite = root.sources(distribution)
-    if not files or not suite:
+    if not root.sources(distribution):
         asked = root.ASKED.format(distribution.upper())
         return f"this machine's apt has no source of {distribution.title()}: name a file with one in {asked}"
     taken = processes.taken_ports([(address, port) for address in ("127.0.0.1", "127.0.0.2") for port in (8000, 30000, 30001)])
@@ -71,7 +70,9 @@ def test_a_stranger_types_what_the_readme_says(distribution: str, folder: Path) 
         "deploy_pd.yml", "bench.yml", "teardown.yml",
     ]  # fmt: skip
     settings, shared = root.pip_settings()
-    bare = root.make(folder, distribution)
+    found = root.sources(distribution)
+    assert found
+    bare = root.make(folder, found)
     with root.inside(bare, []) as there:
         got = there.script(f"set -e\n{packages}\nuseradd -m -s /bin/bash {USER}\n")
         assert got.returncode == 0, got.stdout[-3000:]

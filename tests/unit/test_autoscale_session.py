@@ -23,15 +23,23 @@ OVER: Watched = ([], "")
 
 
 class Plays:
-    """What plays do, in their order; ``changes``: why each change failed, "" when it was made."""
+    """What plays do, in their order.
 
-    def __init__(self, watches: list[Watched], changes: list[str]) -> None:
+    ``changes``: why each change failed, "" when it was made; ``unfit``: why `--check` refuses a ratio, with its exit code.
+    """
+
+    def __init__(self, watches: list[Watched], changes: list[str], unfit: Mapping[str, tuple[int, str]] | None = None) -> None:
         self.watches, self.changes, self.asked = watches, changes, list[str]()
+        self.unfit, self.checked = unfit or {}, list[str]()
+        #: what each watch is not to ask for
+        self.left_out = list[Any]()
         #: how often Ctrl-C comes while a change is waited for
         self.interrupts = 0
 
-    def play(self, name: str, given: Mapping[str, Any], *rest: Any, env: Mapping[str, str] | None = None) -> Any:
-        return Fake(self, name, given, (env or {}).get("PD_WATCH_JOB", ""))
+    def play(
+        self, name: str, given: Mapping[str, Any], *rest: Any, env: Mapping[str, str] | None = None, check: bool = False
+    ) -> Any:
+        return Fake(self, name, given, (env or {}).get("PD_WATCH_JOB", ""), check)
 
 
 class Ended:
@@ -48,20 +56,27 @@ class Ended:
 
 
 class Fake:
-    def __init__(self, script: Plays, name: str, given: Mapping[str, Any], job: str) -> None:
-        self.script, self.name, self.given, self.job = script, name, given, job
+    def __init__(self, script: Plays, name: str, given: Mapping[str, Any], job: str, check: bool) -> None:
+        self.script, self.name, self.given, self.job, self.check = script, name, given, job, check
         self.line, self.why, self.rc = "", "", 0
         self.ended, self.stop = Ended(script), threading.Event()
 
-    def wait(self, tick: Any) -> None:
+    def wait(self, tick: Any = None) -> None:
+        if self.check:
+            self.script.checked.append(self.given["ratio"])
+            self.rc, self.why = self.script.unfit.get(self.given["ratio"], (0, ""))
+            return
         wrote, self.why = self.script.watches.pop(0)
-        with open(json.loads(Path(self.job).read_text())["log"], "a") as log:
+        job = json.loads(Path(self.job).read_text())
+        self.script.left_out.append(job["unfit"])
+        with open(job["log"], "a") as log:
             log.writelines(json.dumps(entry) + "\n" for entry in wrote)
         tick("")
         self.rc = int(bool(self.why))
 
     def start(self) -> None:
         assert self.name == "rebalance.yml"
+        assert not self.check
         self.script.asked.append(self.given["ratio"])
         self.why = self.script.changes.pop(0)
         self.rc = int(bool(self.why))
@@ -128,8 +143,32 @@ def test_lost_windows_are_gaps_of_the_picture(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_dry_run_asks_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = Plays([([WANTS], "")], [])
+    script = Plays([([WANTS], ""), ([WANTS], ""), OVER], [])
     assert run(monkeypatch, tmp_path / "o", script, "--dry-run") == 0
+    assert script.asked == []
+    assert script.checked == ["2p1d"], "once is enough"
+
+
+def test_a_ratio_that_the_hosts_have_no_room_for_is_said_once_and_not_wished_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Plays(
+        [([WANTS], ""), ([{**WANTS, "to": None, "unfit": "2p1d"}], "")], [], {"2p1d": (2, "no GPU is left for prefill-1")}
+    )
+    assert run(monkeypatch, tmp_path / "o", script) == 0
+    assert script.asked == []
+    assert script.left_out == [{}, {"1p2d": ["2p1d"]}]
+    said = capsys.readouterr().out
+    assert "1p2d -> 2p1d: not possible: no GPU is left for prefill-1 (rebalance.yml --check)" in said
+    assert "prefill wants a worker, but 2p1d is not possible" in said
+    assert (tmp_path / "o" / session.PICTURE).stat().st_size > 5000
+
+
+def test_a_host_that_cannot_be_reached_now_is_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = Plays([([WANTS], ""), ([WANTS], ""), OVER], [], {"2p1d": (4, "h2: timed out")})
+    assert run(monkeypatch, tmp_path / "o", script) == 0
+    assert script.checked == ["2p1d", "2p1d"]
+    assert script.left_out[-1] == {}
     assert script.asked == []
 
 

@@ -25,7 +25,7 @@ def picture(entries: Sequence[Json]) -> bytes:
 
     def build() -> Figure:
         figure, (top, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(2, 1))
-        points = [_point(entry, start) for entry in entries if entry["kind"] != "begin" and entry["ratio"]]
+        points = [_point(entry, start) for entry in entries if entry["kind"] in ("window", "change") and entry["ratio"]]
         minutes = [at for at, _, _ in points]
         for place, (role, colour) in enumerate(_COLOURS.items()):
             top.plot(minutes, [pressed[place] for _, pressed, _ in points], color=colour, marker=".", label=role)

@@ -26,8 +26,8 @@ LOG, PICTURE = "autoscale.jsonl", "autoscale.png"
 #: so many failures in a row, of changes or of attempts to watch, and a human is needed
 FAILED, UNWATCHED = 2, 6
 _LINE_S = 10.0
-#: what a play says when somebody else holds the deployment's lock
-_HELD = "is being changed by"
+#: what a play says when somebody else holds the deployment's lock; its exit code when it refuses or a task fails
+_HELD, _REFUSED = "is being changed by", 2
 
 
 class SessionOverError(Exception):
@@ -48,6 +48,9 @@ class Session:
         #: the ratio that was last seen, and the one that the rule asks for
         self.ratio: str | None = None
         self.to = ""
+        #: ratios that `rebalance.yml` refused, and those that it would make, by the one that was deployed
+        self.unfit: dict[str, list[str]] = {}
+        self.fit: dict[str, list[str]] = {}
         self._read = 0
         begin = {"at": round(time.time(), 1), "kind": "begin", "schema": 1, "rule": asdict(rule), "every_s": args.every}
         self._note({**begin, "dry_run": args.dry_run})
@@ -68,12 +71,35 @@ class Session:
             play.wait(lambda line: self.tell())
             self.tell()
             if play.rc == 0:
-                return "" if self.args.dry_run else self.to
+                return self.to
             if not self.windows:
                 raise UserError(play.why)
             say(f"{clock()}  cannot be watched ({attempt} of {UNWATCHED}): {play.why}")
             time.sleep(self.args.every)
         raise SessionOverError(play.why)
+
+    def fits(self, ratio: str) -> bool:
+        """Return whether `rebalance.yml --check` agrees; what it refuses is not asked for again from the same deployed ratio."""
+        of = self.ratio or ""
+        if ratio in self.fit.get(of, []):
+            return True
+        begun = time.time()
+        play = plays.Play(
+            "rebalance.yml", {**self.given, "ratio": ratio}, self.inventory, self.args.limit, self._scratch, check=True
+        )
+        play.wait()
+        entry = {
+            "at": round(begun, 1),
+            "kind": "check",
+            "ratio": self.ratio,
+            "to": ratio,
+            "took_s": round(time.time() - begun, 1),
+        }
+        self._note({**entry, "ok": play.rc == 0, "why": play.why})
+        self.tell()
+        if play.rc in (0, _REFUSED):
+            (self.unfit if play.rc else self.fit).setdefault(of, []).append(ratio)
+        return play.rc == 0
 
     def change(self, ratio: str) -> bool | None:
         """Run `rebalance.yml`; the first Ctrl-C does not cut it off.
@@ -118,6 +144,10 @@ class Session:
                 self.stopping = True
                 say("the change is brought to its end first; Ctrl-C once more cuts it off")
 
+    def leave(self) -> None:
+        """Go on as after a change."""
+        self.rest_until = time.time() + self.rule.rest_s
+
     def rest(self) -> None:
         """Wait until a change may follow the last one."""
         time.sleep(max(0.0, min(self.rest_until, self.until or self.rest_until) - time.time()))
@@ -134,7 +164,7 @@ class Session:
     def _job(self) -> Json:
         return {
             "rule": asdict(self.rule), "every_s": self.args.every, "until": self.until, "rest_until": self.rest_until,
-            "dry_run": self.args.dry_run, "log": str(self.log.resolve()), "pid": os.getpid(),
+            "unfit": self.unfit, "log": str(self.log.resolve()), "pid": os.getpid(),
         }  # fmt: skip
 
     def _note(self, entry: Json) -> None:
@@ -199,6 +229,9 @@ def run(args: argparse.Namespace) -> int:
 def _turns(session: Session) -> None:
     """Watch and change in turns. A change that fails is typed again after its rest, which completes it."""
     while not session.over and (ratio := session.watch()):
+        if not session.fits(ratio) or session.args.dry_run:
+            session.leave()
+            continue
         for attempt in range(1, FAILED + 1):
             done = session.change(ratio)
             if done is not False:
@@ -231,6 +264,8 @@ def clock(at: float | None = None) -> str:
 def said(entry: Json, dry_run: bool = False) -> str:
     """Return an entry of the log as a line."""
     head = f"{clock(entry['at'])}  {entry['ratio'] or '?'}"
+    if entry["kind"] == "check":
+        return f"{head} -> {entry['to']}: {'it fits' if entry['ok'] else 'not possible: ' + entry['why']} (rebalance.yml --check)"
     if entry["kind"] == "change":
         held = _HELD in entry["why"]
         how = "done" if entry["ok"] else f"{'postponed' if held else 'FAILED'}: {entry['why']}"
@@ -239,6 +274,7 @@ def said(entry: Json, dry_run: bool = False) -> str:
         return f"{head}  not judged: {'; '.join(f'{name}: {why}' for name, why in entry['silent'].items())}"
     wish = f": {entry['wish']} wants a worker" if entry["wish"] else ""
     then = f", so {entry['to']}{' it would be' if dry_run else ''}" if entry["to"] else ""
+    then = f", but {entry['unfit']} is not possible" if entry.get("unfit") else then
     return f"{head}  {entry['says']}{wish}{then}"
 
 

@@ -35,7 +35,7 @@ _TICK_S = 0.25
 class Play:
     """One command; once it ended ``rc``, and ``why``: what the first host that failed said. ``line``: last words.
 
-    ``skip``: tags of tasks that are left out; ``env``: of the play, beside this process's.
+    ``skip``: tags of tasks that are left out; ``env``: of the play, beside this process's; ``check``: with `--check`.
     """
 
     playbook: str
@@ -49,6 +49,7 @@ class Play:
     line: str = ""
     skip: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    check: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     #: once it ended; a thread whose `join` was interrupted says that it ended while it runs (bpo-45274, Python before 3.13)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -77,11 +78,12 @@ class Play:
         try:
             given = folder / "variables.json"
             given.write_text(json.dumps(dict(self.variables)))
+            words = [f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip), *(["--check"] if self.check else [])]
             with open(self.log or os.devnull, "a", encoding="utf-8") as log:
                 done = ansible_runner.run(
                     private_data_dir=str(folder), project_dir=str(ROOT), playbook=self.playbook, inventory=self.inventory,
-                    limit=self.limit, cmdline=" ".join([f"-e @{given}", *(f"--skip-tags {tag}" for tag in self.skip)]),
-                    quiet=True, suppress_env_files=True, envvars={**_environment(), **self.env},
+                    limit=self.limit, cmdline=" ".join(words), quiet=True, suppress_env_files=True,
+                    envvars={**_environment(), **self.env},
                     event_handler=lambda event: self._heard(event, log), cancel_callback=self.stop.is_set,
                 )  # fmt: skip
             self.rc = int(done.rc)
