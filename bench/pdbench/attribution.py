@@ -7,7 +7,9 @@ time is in the rest. The rest is the client's mean less all stages: tokenisation
 not time.
 
 ``router`` is the time outside the engines: from the router's own TTFT where it measures one, else from the client's (network
-and client included), less the time that the engines were busy with the request.
+and client included), less the time that the engines were busy with the request. ``prefill_answer`` is what decode had to say and
+the router kept back until prefill had answered, too: by means, so answers that are late now and then show less; 0 where the
+client had its first token in less time than prefill took (a router that does not wait).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdbench import metrics
-from pdbench.engines import ROUTER_TTFT, Engine, Stages, Timer, engine_of, total
+from pdbench.engines import ROUTER_TTFT, Engine, Stage, Stages, Timer, engine_of, total
 from pdbench.records import MEASURE, Record
 
 Json = dict[str, Any]
@@ -31,9 +33,10 @@ NAMES = {
     "kv_transfer": "KV transfer",
     "decode_queue": "decode queue",
     "first_step": "first step",
+    "prefill_answer": "prefill's answer",
 }
 #: stages that are there only where prefill and decode are apart
-_APART = ("bootstrap", "kv_allocation", "kv_transfer", "decode_queue", "first_step")
+_APART = ("bootstrap", "kv_allocation", "kv_transfer", "decode_queue", "first_step", "prefill_answer")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def attribute(entry: Mapping[str, Any], records: Iterable[Record]) -> Json | Non
     ttft = sum(map(metrics.ttft_s, answers)) / len(answers)
     parts = _parts(engine, workers, len(answers))
     outside = _outside(entry, since, _stages(engine, workers), workers, ttft, len(answers))
-    stages = [_row("router", *outside), *parts]
+    stages = [_router(outside, parts), *parts]
     known = [row["ms"] for row in stages if row["ms"] is not None]
     if not known:
         return None
@@ -103,35 +106,57 @@ def _parts(engine: Engine, workers: Workers, requests: int) -> list[Json]:
     for name in NAMES:
         if name == "router" or (name in _APART and stages is engine.together):
             continue
-        part = found.get(name)
-        times = [_of_role(workers, timer, requests) for timer in part.times] if part else []
-        means = [mean for mean in times if mean is not None]
-        if part is None or len(means) < len(times):
-            rows.append(_row(name, None, 0, ""))
+        if name == "prefill_answer" and name not in found:  # an engine whose roles take turns
             continue
-        within = sum(mean.seconds for timer in part.less if (mean := _of_role(workers, timer, requests)))
-        # Means of two workers' clocks and requests: their difference can fall below nothing by a little.
-        seconds = max(0.0, sum(mean.seconds for mean in means) - within)
-        rows.append(_row(name, seconds, min(mean.samples for mean in means), " and ".join(mean.name for mean in means)))
+        mean = _of_stage(workers, found[name], requests) if name in found else None
+        rows.append(_row(name, mean.seconds, mean.samples, mean.name) if mean else _row(name, None, 0, ""))
     return rows
+
+
+def _of_stage(workers: Workers, stage: Stage, requests: int) -> Mean | None:
+    """Return the mean of a stage; None when one of its timers says nothing."""
+    means = [mean for timer in stage.times if (mean := _of_role(workers, timer, requests))]
+    if len(means) < len(stage.times):
+        return None
+    within = sum(mean.seconds for timer in stage.less if (mean := _of_role(workers, timer, requests)))
+    # Means of two workers' clocks and requests: their difference can fall below nothing by a little.
+    seconds = max(0.0, sum(mean.seconds for mean in means) - within)
+    most = _of_stage(workers, stage.most, requests) if stage.most else None
+    return Mean(
+        min(seconds, most.seconds) if most else seconds,
+        min(mean.samples for mean in means),
+        " and ".join(mean.name for mean in means),
+    )
+
+
+def _router(outside: Mean | None, parts: list[Json]) -> Json:
+    """Return the router's row. Of the time outside the engines, what it waited for prefill's answer is a stage of its own."""
+    if outside is None:
+        return _row("router", None, 0, "")
+    left = outside.seconds
+    for row in parts:
+        if row["stage"] == "prefill_answer" and row["ms"] is not None:
+            # Had it waited, it would have been longer.
+            row["ms"] = row["ms"] if row["ms"] <= 1000 * left else 0.0
+            left -= row["ms"] / 1000
+    return _row("router", max(0.0, left), outside.samples, outside.name)
 
 
 def _row(stage: str, seconds: float | None, samples: int, source: str) -> Json:
     return {"stage": stage, "ms": None if seconds is None else 1000 * seconds, "samples": samples, "source": source}
 
 
-def _outside(
-    entry: Mapping[str, Any], since: str, stages: Stages, workers: Workers, ttft: float, requests: int
-) -> tuple[float | None, int, str]:
+def _outside(entry: Mapping[str, Any], since: str, stages: Stages, workers: Workers, ttft: float, requests: int) -> Mean | None:
+    """Return the time from the client's (or router's) first token that the engines were not busy for."""
     inside = [_of_role(workers, timer, requests) for timer in stages.inside]
     means = [mean for mean in inside if mean is not None]
     if not means or len(means) < len(inside):
-        return None, 0, ""
-    within, samples = sum(mean.seconds for mean in means), min(mean.samples for mean in means)
+        return None
     begin, end = (entry[side].get("router", {}).get("metrics") or {} for side in (since, "after"))
     own = _mean([(begin, end)], Timer("router", ROUTER_TTFT), requests)
     source = f"{own.name if own else 'TTFT of the client'} less {' and '.join(mean.name for mean in means)}"
-    return max(0.0, (own.seconds if own else ttft) - within), samples, source
+    whole = own.seconds if own else ttft
+    return Mean(whole - sum(mean.seconds for mean in means), min(mean.samples for mean in means), source)
 
 
 def _of_role(workers: Workers, timer: Timer, requests: int) -> Mean | None:
@@ -142,15 +167,17 @@ def _mean(pairs: Sequence[Pages], timer: Timer, requests: int) -> Mean | None:
     """Return the mean of the first of the timer's histograms that moved; None when none did."""
     for name in timer.names:
         base, brace, labels = name.partition("{")
-        seconds, count = (sum(_moved(pair, f"{base}{end}{brace}{labels}") for pair in pairs) for end in ("_sum", "_count"))
-        if count > 0:
+        sums, counts = ([_moved(pair, f"{base}{end}{brace}{labels}") for pair in pairs] for end in ("_sum", "_count"))
+        seconds, count = (sum(moved or 0.0 for moved in ends) for ends in (sums, counts))
+        if count > 0 and any(moved is not None for moved in sums):
             return Mean(timer.unit_s * seconds / max(count, requests), round(count), name)
     return None
 
 
-def _moved(pages: Pages, counter: str) -> float:
+def _moved(pages: Pages, counter: str) -> float | None:
     begin, end = pages
-    return (total(end, counter) or 0.0) - (total(begin, counter) or 0.0)
+    now = total(end, counter)
+    return None if now is None else now - (total(begin, counter) or 0.0)
 
 
 def in_words(found: Mapping[str, Any]) -> str:

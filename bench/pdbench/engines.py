@@ -23,11 +23,15 @@ class Timer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of TTFT: the means of ``times`` less those of ``less``, which lie within them and are stages of their own."""
+    """A part of TTFT: the means of ``times`` less those of ``less``, which lie within them and are stages of their own.
+
+    ``most``: the same of other timers, and the stage is no longer than that.
+    """
 
     name: str
     times: tuple[Timer, ...]
     less: tuple[Timer, ...] = ()
+    most: Stage | None = None
 
 
 @dataclass(frozen=True)
@@ -90,28 +94,35 @@ def _sglang_stage(role: str, stage: str, *others: str) -> Timer:
     return Timer(role, (f'sglang:per_stage_req_latency_seconds{{stage="{stage}"}}', *others))
 
 
-# req_time_stats.py, as decode sees it, whose TTFT it is: it meets prefill (bootstrap), waits for memory (allocation), tells
-# prefill, and waits for the KV cache (`decode_transferred`). That wait holds prefill's queue, forward pass and transfer; what
-# is left of it is prefill's scheduler coming round to the request, and counts as bootstrap. Prefill's own bootstrap time will
-# not do: it begins before decode has the request when the router is slow. The transfer is what is left of it after the
-# forward pass: earlier chunks travel while later ones are computed.
+# req_time_stats.py. Prefill's E2E: until its scheduler comes round to the request and meets decode (bootstrap), its queue, the
+# forward pass, and from there until it answers (stage `prefill_transfer_kv_cache`). It looks between two steps which transfers
+# are over, so that stage is no time of the transfer: decode may have the KV cache long before. Decode meets prefill, waits for
+# memory (allocation), tells prefill, and waits for the KV cache (`decode_transferred`): what of that is none of prefill's is
+# the transfer. What decode has to say then waits in the router for prefill's answer (`prefill_answer`).
+_SGLANG_E2E = Timer("prefill", ("sglang:e2e_request_latency_seconds",))
 _SGLANG_QUEUE = Timer("prefill", ("sglang:queue_time_seconds",))
 _SGLANG_FORWARD = _sglang_stage("prefill", "prefill_forward")
-_SGLANG_TRANSFER = _sglang_stage("prefill", "prefill_transfer_kv_cache")
+_SGLANG_ANSWERS = _sglang_stage("prefill", "prefill_transfer_kv_cache")
+_SGLANG_TTFT = Timer("decode", ("sglang:time_to_first_token_seconds",))
+_SGLANG_MET = Timer("decode", ("sglang:kv_transfer_bootstrap_ms",), 1e-3)
+_SGLANG_WAITED = _sglang_stage("decode", "decode_transferred")
 _SGLANG_APART = Stages(
-    inside=(Timer("decode", ("sglang:time_to_first_token_seconds",)),),
+    inside=(_SGLANG_TTFT,),
     parts=(
+        # A router that asks prefill first makes prefill wait, and decode not: that is the router's.
         Stage(
             "bootstrap",
-            (Timer("decode", ("sglang:kv_transfer_bootstrap_ms",), 1e-3), _sglang_stage("decode", "decode_transferred")),
-            (_SGLANG_QUEUE, _SGLANG_FORWARD, _SGLANG_TRANSFER),
+            (_SGLANG_E2E,),
+            (_SGLANG_QUEUE, _SGLANG_FORWARD, _SGLANG_ANSWERS),
+            Stage("", (_SGLANG_MET, _SGLANG_WAITED), (_SGLANG_QUEUE, _SGLANG_FORWARD)),
         ),
         Stage("prefill_queue", (_SGLANG_QUEUE,)),
         Stage("prefill_forward", (_SGLANG_FORWARD,)),
         Stage("kv_allocation", (Timer("decode", ("sglang:kv_transfer_alloc_ms",), 1e-3),)),
-        Stage("kv_transfer", (_SGLANG_TRANSFER,)),
+        Stage("kv_transfer", (_SGLANG_MET, _SGLANG_WAITED, _SGLANG_ANSWERS), (_SGLANG_E2E,)),
         Stage("decode_queue", (_sglang_stage("decode", "decode_waiting", "sglang:queue_time_seconds"),)),
         Stage("first_step", (_sglang_stage("decode", "fake_output"),)),
+        Stage("prefill_answer", (_SGLANG_E2E,), (_SGLANG_TTFT,), Stage("", (_SGLANG_ANSWERS,))),
     ),
 )
 _SGLANG_TOGETHER = Stages(

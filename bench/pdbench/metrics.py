@@ -101,8 +101,9 @@ def token_itl_s(record: Record) -> list[float]:
         times, held = times[held > 0], held[held > 0]
         each = np.diff(times) / held[1:]
         return [float(gap) for gap in np.repeat(each, held[1:])]
-    share = (output_tokens(record) - 1) / (len(times) - 1) if len(times) > 1 else 1.0
-    return [float(gap) for gap in np.repeat(np.diff(times) / share, max(1, round(share)))]
+    # Fewer tokens than events that had some: the total is wrong, and every event is one token.
+    share = max(1.0, (output_tokens(record) - 1) / (len(times) - 1)) if len(times) > 1 else 1.0
+    return [float(gap) for gap in np.repeat(np.diff(times) / share, round(share))]
 
 
 def _interval(tokens: int, events: int) -> list[int]:

@@ -86,7 +86,8 @@ def make(folder: Path, found: Sources) -> Path:
     run(
         *("mmdebstrap", "--variant=minbase", "--format=directory", "--dpkgopt=force-unsafe-io"),
         *('--aptopt=Acquire::Languages "none"', '--aptopt=Acquire::Check-Valid-Until "false"'),
-        *([f"--keyring={found.keyring}"] if found.keyring else []),
+        # Ubuntu's smallest set leaves out what every image of Ubuntu has.
+        *([f"--keyring={found.keyring}", "--include=apt,ubuntu-keyring"] if found.keyring else []),
         found.suite,
         root,
         *found.files,

@@ -74,7 +74,7 @@ def test_a_stranger_types_what_the_readme_says(distribution: str, folder: Path) 
     assert found
     bare = root.make(folder, found)
     with root.inside(bare, []) as there:
-        got = there.script(f"set -e\n{packages}\nuseradd -m -s /bin/bash {USER}\n")
+        got = there.script(f"{{ {packages}; }} || exit\nuseradd -m -s /bin/bash {USER}\n")
         assert got.returncode == 0, got.stdout[-3000:]
     (bare / "etc/pip.conf").write_text(settings)
     home = bare / "home" / USER / "pd"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,48 @@ def test_the_debugging_balancer(tmp_path: Path) -> None:
         status, data = made.post("/generate", {"text": "a b", "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}})
         assert status == 200
         assert len(json.loads(data)["text"].split()) == 4
+
+
+#: s of a prefill step
+STEP_S = 1.5
+ASKED: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "a b", "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}, "stream": True},
+    "/v1/completions": {**BODY, "stream": True},
+}
+LATE = {"/v1/completions"}
+
+
+def first_byte_s(made: Service, path: str) -> float:
+    """Return when an answer begins whose successor is in prefill's next step, in s."""
+
+    def ask() -> float:
+        headers = {"Content-Type": "application/json"}
+        call = urllib.request.Request(made.url + path, json.dumps(ASKED[path]).encode(), headers)
+        with urllib.request.urlopen(call, timeout=30) as answer:
+            while not answer.read1().strip():
+                pass
+            return time.monotonic() - began
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask)
+        time.sleep(STEP_S / 3)
+        pool.submit(ask)
+        return first.result()
+
+
+@pytest.mark.parametrize(("name", "waits"), [("sglang-router", set(ASKED)), ("smg", LATE), ("mini-lb", LATE)])
+def test_who_keeps_the_first_token_back_until_prefill_has_answered(tmp_path: Path, name: str, waits: set[str]) -> None:
+    """Decode has it after one step of prefill, which answers after two: `Simulation` and stage `prefill_answer` rest on it."""
+    slow = profile_file(tmp_path, prefill_overhead_ms=1000 * STEP_S)
+    with worker("prefill", slow, "--model-path", "m") as prefill, worker("decode", slow, "--model-path", "m") as decode:
+        members: Workers = [("prefill", prefill.url, prefill.bootstrap_port), ("decode", decode.url, None)]
+        with front(name, "emulated", members, policy="random" if name == "mini-lb" else "round_robin") as made:
+            if routers.router(name).membership == "workers":
+                door = Gateway(made.url, None, {"membership": "workers"})
+                until_done(lambda resumed: door.converge([prefill_of(prefill), Member(decode.url, "decode")], False, resumed))
+            for path in ASKED:
+                steps = first_byte_s(made, path) / STEP_S
+                assert (steps > 1.9) == (path in waits), (path, steps)
+                assert 0.9 < steps < 2.6, (path, steps)
+                time.sleep(2 * STEP_S)

@@ -20,7 +20,7 @@ from pdbench.advise.draw import picture
 from pdbench.advise.layout import STAGES, Layout, alike, of_plan, rates_of
 from pdbench.advise.pool import pool
 from pdbench.advise.simulate import Work, redrawn
-from pdbench.fit.cases import Case
+from pdbench.fit.cases import Case, transport_of
 from pdbench.load.errors import LoadError
 from pdbench.load.lengths import Lengths
 from pdbench.load.requests import Load
@@ -279,7 +279,7 @@ def test_leave_one_out_fits_without_the_ratio_that_it_predicts() -> None:
         check.leave_one_out(rows[rows["ratio"] == "2p2d"], fit, lambda shared: pool(shared, 1))
 
 
-def test_profiles_are_fitted_to_runs_those_that_moved_caches_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiles_are_fitted_to_runs_and_to_the_way_of_those_that_moved_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     def case(ratio: str, transport: str) -> Case:
         decode = ratios.parse(ratio).decode
         return Case(ratio, ratio, decode, decode, 1 - decode, 1, transport, ((1, 1),), 1, (), 0, 0, False, {})
@@ -287,11 +287,13 @@ def test_profiles_are_fitted_to_runs_those_that_moved_caches_first(monkeypatch: 
     runs = {"a": [case("agg", "cuda_ipc"), case("agg", "cuda_ipc")], "b": [case("1p1d", "tcp")], "c": [case("1p1d", "rdma")]}
     monkeypatch.setattr(fitted, "read", lambda folder: runs[folder.name])
     rows = pd.DataFrame({"folder": ["a", "b"], "point": [1, 0], "ratio": ["agg", "1p1d"]})
-    assert [found.transport for found in fitted.cases(rows)] == ["tcp", "cuda_ipc"]
-    with pytest.raises(LoadError, match="different transports"):
+    found = fitted.cases(rows)
+    assert [one.transport for one in found] == ["cuda_ipc", "tcp"]
+    assert transport_of(found) == "tcp", "aggregated servers move nothing, whatever way they name"
+    with pytest.raises(LoadError, match="went over rdma and tcp"):
         fitted.cases(rows.assign(folder=["b", "c"], point=[0, 0]))
-    with pytest.raises(LoadError, match=r"a \.csv has none"):
-        fitted.cases(rows.assign(folder=""))
+    with pytest.raises(LoadError, match="pdbench import --gpus N"):
+        fitted.cases(rows.assign(folder="", gpus=float("nan")))
 
 
 def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

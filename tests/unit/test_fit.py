@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,29 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys: pytest.CaptureFixtur
     assert cli.main([str(tmp_path), "--base", "tiny"]) == 1
     assert cli.main([str(tmp_path), "--base", "tinny"]) == 2
     assert "did you mean tiny?" in capsys.readouterr().err
+
+
+def test_the_latency_that_is_fitted_is_of_the_way_that_caches_went_whatever_comes_first(
+    truth: tuple[Profile, Profile, list[Case]],
+) -> None:
+    base, _, cases = truth
+    moved = replace(case(1, 1, 0, 64, 8, 1), transport="tcp")
+    hidden = with_values(base, {**values_of(base, "tcp"), "latency_ms": 40.0}, "tcp")
+    told = [replace(one, measured=simulate(hidden, one)) for one in (cases[3], moved)]
+    assert fit(base, told, one_by_one).profile.transports["tcp"].latency_ms > 20
+
+
+def test_a_published_table_is_fitted_to_as_its_runs_are() -> None:
+    found = cli.load_points(Path(__file__).resolve().parents[2] / "docs/results/h200/h200x2-qwen.csv")
+    assert len(found) == 18
+    one = next(case for case in found if case.name == "1p1d 512/128 c=32")
+    assert (one.prefill, one.decode, one.aggregated, one.tp_size, one.transport) == (1, 1, 0, 1, "cuda_ipc")
+    assert one.requests == ((512, 128),) * 300
+    assert one.measured["ttft_ms"] == 148.2422
+    assert len(cli.load_points(Path(__file__).resolve().parents[2] / "docs/results/h200/h200x2-goodput.csv")) == 24
+
+
+def test_a_table_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("ratio,isl\n1p1d,512\n")
+    with pytest.raises(LoadError, match="is no table of a sweep that can be read"):
+        cli.load_points(tmp_path / "t.csv")

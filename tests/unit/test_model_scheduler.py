@@ -225,7 +225,7 @@ def test_long_prompts_are_cut_into_chunks_and_their_kv_travels_while_the_next_on
         worker.tokens(now)
     assert [(step.tokens, step.context) for step in steps] == [(1024, 0), (1024, 1024), (952, 2048)]
     # only the last chunk's KV is still to be sent when the computing ends
-    sent = next(event for event in events if event.kind == "sent")
+    sent = next(event for event in events if event.kind == "answered")
     assert sent.took == pytest.approx(rates.transfer_s(rates.kv_bytes(952), "tcp") + 0.002, rel=1e-3)
     assert request.sent_bytes == rates.kv_bytes(3000)
 

@@ -18,7 +18,7 @@ from pdbench.advise.layout import Layout, Spot, of_plan
 from pdbench.advise.rank import Spread
 from pdbench.advise.simulate import Simulated, Work, simulate
 from pdbench.compare import judge, sides
-from pdbench.gate.rundata import PLAN, REQUESTS, NotARun
+from pdbench.gate.rundata import PLAN, REQUESTS, SUMMARY, NotARun
 from pdbench.load.arrivals import schedule
 from pdbench.metrics import Slo
 from pdbench.model.cluster import Prompt
@@ -104,6 +104,8 @@ def layout_of(row: Row, profile_of: Callable[[str], str]) -> Layout:
     if folder:
         plan = json_of((Path(folder) / PLAN).read_text(encoding="utf-8"))
         return of_plan(plan, profile_of)
+    if pd.isna(row["gpus"]):
+        raise ValueError("how many GPUs served it is not known: pdbench import --gpus N")
     ratio = ratios.parse(str(row["ratio"]))
     workers = sum(ratio.counts().values())
     spot = Spot(profile_of(""), max(1, int(row["gpus"]) // workers))
@@ -119,6 +121,9 @@ def work_of(row: Row) -> Work:
     asked: list[tuple[int, int]]
     due: Sequence[float]
     if row["folder"]:
+        points = json_of((Path(str(row["folder"])) / SUMMARY).read_text(encoding="utf-8"))["points"]
+        if points[int(row["point"])].get("shared_prefix"):
+            raise ValueError("its prompts share prefixes, and what prefix caches save is not simulated")
         columns = ["point", "phase", "index", "prompt_tokens_asked", "output_tokens_asked", "scheduled_s"]
         found = pd.read_parquet(Path(str(row["folder"])) / REQUESTS, columns=columns)
         mine = found[(found["phase"] == MEASURE) & (found["point"] == int(row["point"]))].sort_values("index")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pdbench.fit.cases import Case, read
+from pdbench.fit.cases import Case, of_row, read, transport_of
 from pdbench.fit.cli import simulator
 from pdbench.fit.solve import fit
 from pdbench.load.errors import LoadError
@@ -16,7 +16,7 @@ from pdbench.model.profile import Profile
 
 
 def fitter(base: Profile) -> Callable[[pd.DataFrame], Profile]:
-    """Return a function that fits ``base`` to rows of `check.read`; it raises LoadError where a row has no run's folder."""
+    """Return a function that fits ``base`` to rows of `check.read`; it raises LoadError."""
 
     def fitted(rows: pd.DataFrame) -> Profile:
         ratios = ", ".join(dict.fromkeys(map(str, rows["ratio"])))
@@ -28,14 +28,16 @@ def fitter(base: Profile) -> Callable[[pd.DataFrame], Profile]:
 
 
 def cases(rows: pd.DataFrame) -> list[Case]:
-    """Return the load points of rows, those that moved KV caches first: the latency that is fitted is that of their transport."""
-    if not all(rows["folder"]):
-        raise LoadError("a profile is fitted to runs, and a .csv has none: give --check the sweep's folder")
-    points = {folder: read(Path(folder)) for folder in dict.fromkeys(map(str, rows["folder"]))}
-    found = [points[str(folder)][int(point)] for folder, point in zip(rows["folder"], rows["point"], strict=True)]
-    if len({case.transport for case in found if case.decode}) > 1:
-        raise LoadError("the runs' KV caches went over different transports: check those of one way at a time")
-    return sorted(found, key=lambda case: not case.decode)
+    """Return the load points of rows; of a table without runs, as far as it tells. Raise LoadError."""
+    points = {folder: read(Path(folder)) for folder in dict.fromkeys(map(str, rows["folder"])) if folder}
+    try:
+        found = [
+            points[str(row["folder"])][int(row["point"])] if row["folder"] else of_row(row) for row in rows.to_dict("records")
+        ]
+    except ValueError as why:
+        raise LoadError(f"the table does not say enough to fit a profile to it: {why}") from None
+    transport_of(found)
+    return found
 
 
 def _say(text: str) -> None:

@@ -213,26 +213,31 @@ class Engine:
             dead = f"Decode instance could be dead, remote session {job.request.peer} is not alive"
             self.fail(job, HandshakeError(dead if gone else GIVEN_UP, bootstrap=not job.granted_at))
 
-    def _note_sent(self, job: Job, event: Event) -> None:
+    def _note_sent(self, job: Job) -> None:
         """The last KV of a prompt has left."""
         assert job.request is not None
-        room, size, seconds = job.item.bootstrap_room, job.request.sent_bytes, event.took
+        room, size = job.item.bootstrap_room, job.request.sent_bytes
         assert room is not None
         peer, transport = job.request.peer, job.request.transport
         if self.faults.fails(peer):
             self.fail(job, HandshakeError(f"KV transfer to {peer} failed (injected)", bootstrap=False))
             return
-        self.last_kv_latency_ms, self.last_kv_speed_gb_s = seconds * 1e3, size / 2**30 / seconds
-        self.metrics.kv_latency.observe(self.last_kv_latency_ms)
-        self.metrics.kv_speed.observe(self.last_kv_speed_gb_s)
-        self.metrics.kv_total_mb.observe(size / 2**20)
-        self.metrics.stage.observe(seconds, "prefill_transfer_kv_cache")
         self._note_kv(peer, transport, size)
         spoilt = self.faults.corrupts()
         prompt = Prompt(job.item.prompt.tokens, job.item.prompt.digest[::-1]) if spoilt else job.item.prompt
         job.moved = True
         self._in_room.pop(room, None)
         self.rooms.close(room, Kv(prompt, size, transport, job.cached_tokens, spoilt).to_json(room))
+
+    def _note_answered(self, job: Job, event: Event) -> None:
+        """The prefill worker found out that the KV has left: what SGLang counts as the transfer ends here."""
+        assert job.request is not None
+        size, seconds = job.request.sent_bytes, event.took
+        self.last_kv_latency_ms, self.last_kv_speed_gb_s = seconds * 1e3, size / 2**30 / seconds
+        self.metrics.kv_latency.observe(self.last_kv_latency_ms)
+        self.metrics.kv_speed.observe(self.last_kv_speed_gb_s)
+        self.metrics.kv_total_mb.observe(size / 2**20)
+        self.metrics.stage.observe(seconds, "prefill_transfer_kv_cache")
 
     def _note_kv(self, peer: str, transport: str, size: int) -> None:
         self.transports_seen[peer] = transport
@@ -319,7 +324,9 @@ class Engine:
             if not isinstance(job, Job) or job.done.done():
                 continue
             if event.kind == "sent":
-                self._note_sent(job, event)
+                self._note_sent(job)
+            elif event.kind == "answered":
+                self._note_answered(job, event)
             else:
                 job.granted_at = now()
                 self.metrics.kv_alloc.observe((job.granted_at - job.found_at) * 1e3)

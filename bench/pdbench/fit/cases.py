@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pdbench import shapes
+from pdbench.advise import check
+from pdbench.gate.rundata import NotARun
 from pdbench.load.errors import LoadError
 from pdbench.model.cluster import Deployment, Outcome, Prompt, Simulation, limits
 from pdbench.model.profile import Profile
@@ -111,6 +113,8 @@ def _case(
     tensor = {len(rank["gpus"]) for worker in plan["workers"] for rank in worker["ranks"]}
     if len(tensor) > 1 or any(len(worker["ranks"]) > 1 for worker in plan["workers"]):
         raise LoadError(f"{folder}: workers of different sizes, or over several hosts, are not modelled")
+    if point.get("shared_prefix"):
+        raise LoadError(f"{folder}: load point {number + 1} shares prefixes, and what prefix caches save is not modelled")
     closed = point.get("concurrency")
     label = f"{int(np.mean([isl for isl, _ in sizes]))}/{int(np.mean([osl for _, osl in sizes]))}"
     return Case(
@@ -128,9 +132,55 @@ def _case(
         max_running=said[1],
         # Caches are emptied before a point, and its prompts share nothing unless the workload says so.
         prefix_cache=False,
-        measured={name: float(point[name] if name == "output_throughput" else point[name]["mean"]) for name in FIGURES},
+        # Answers of one token have no gaps: None, and nothing is fitted to that.
+        measured={name: float((point[name] if name == "output_throughput" else point[name]["mean"]) or 0) for name in FIGURES},
         emulated=bool(plan.get("emulated")),
     )
+
+
+def read_table(path: Path) -> list[Case]:
+    """Read the valid load points of a tidy table (a sweep's results.csv); raise LoadError for one that is none.
+
+    It has no requests: as many of the mean lengths are taken, in an open loop due at random.
+    """
+    try:
+        return [of_row(row) for row in check.read(str(path))[0].to_dict("records")]
+    except (OSError, ValueError, KeyError, TypeError, NotARun) as why:
+        raise LoadError(f"{path} is no table of a sweep that can be read: {type(why).__name__}: {why}") from None
+
+
+def of_row(row: Mapping[Any, Any]) -> Case:
+    """Return a row of the tidy table as a case; raise ValueError where the table does not say enough."""
+    layout, work = check.layout_of(dict(row), str), check.work_of(dict(row))
+    spots = (*layout.prefill, *layout.decode, *layout.aggregated)
+    sizes = tuple((prompt.prompt_tokens, prompt.output_tokens) for prompt in work.prompts)
+    closed = work.concurrency
+    found = {name: row[name if name == "output_throughput" else f"{name}_mean"] for name in FIGURES}
+    return Case(
+        name=f"{layout.ratio} {sizes[0][0]}/{sizes[0][1]} {f'c={closed}' if closed else 'open'}",
+        ratio=layout.ratio,
+        prefill=len(layout.prefill),
+        decode=len(layout.decode),
+        aggregated=len(layout.aggregated),
+        tp_size=spots[0].gpus,
+        transport=next(iter({way for ways in layout.ways for way in ways}), "cuda_ipc"),
+        requests=sizes,
+        concurrency=closed,
+        due=() if closed else tuple(prompt.due for prompt in work.prompts),
+        capacity=0,
+        max_running=0,
+        prefix_cache=False,
+        measured={name: 0.0 if value != value or value is None else float(value) for name, value in found.items()},
+        emulated=bool(row.get("emulated") is True),
+    )
+
+
+def transport_of(cases: Sequence[Case]) -> str:
+    """Return the way that KV caches went; raise LoadError for several ways. Aggregated servers move none."""
+    ways = sorted({case.transport for case in cases if case.decode})
+    if len(ways) > 1:
+        raise LoadError(f"the runs' KV caches went over {' and '.join(ways)}: take those of one way at a time")
+    return ways[0] if ways else cases[0].transport
 
 
 def _limits(folder: Path) -> tuple[int, int]:

@@ -16,12 +16,13 @@ from statistics import mean
 
 import yaml
 
-from pdbench.fit.cases import FIGURES, Case, read, simulate
+from pdbench.fit.cases import FIGURES, Case, read, read_table, simulate, transport_of
 from pdbench.fit.solve import Fit, Simulate, fit, values_of
 from pdbench.load.errors import LoadError
 from pdbench.model.profile import Profile, ProfileError, load
 
-_EPILOG = """RUN is a run's folder (results/<id>), or a sweep's (results/sweeps/<name>), whose valid runs are all taken.
+_EPILOG = """RUN is a run's folder (results/<id>), or a sweep's (results/sweeps/<name>), whose valid runs are all taken, or a
+sweep's results.csv, whose requests are then taken to be all as long as their mean.
 
   pdbench fit results/sweeps/h200x2-qwen --base h200-qwen2.5-3b --hold-out '2agg*' --output h200.yml
 
@@ -36,9 +37,8 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         base = load(args.base)
-        cases = [case for folder in args.runs for run in runs(folder) for case in read(run)]
-        if len({case.transport for case in cases if case.decode}) > 1:
-            raise LoadError("the runs' KV caches went over different transports: fit those of one way at a time")
+        cases = [case for path in args.runs for case in load_points(path)]
+        transport_of(cases)
         out = [case for case in cases if args.hold_out and fnmatch.fnmatch(case.name, args.hold_out)]
         used = [case for case in cases if case not in out]
         if args.hold_out and not out:
@@ -64,6 +64,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def load_points(path: Path) -> list[Case]:
+    """Return the load points of a run's folder, of a sweep's valid runs, or of a table; raise LoadError when there are none."""
+    if path.suffix == ".csv":
+        return read_table(path)
+    return [case for run in runs(path) for case in read(run)]
+
+
 def runs(folder: Path) -> list[Path]:
     """Return the runs of a folder: itself, or the valid ones of a sweep; raise LoadError when there are none."""
     if (folder / "summary.json").exists():
@@ -87,7 +94,7 @@ def simulator() -> Iterator[Simulate]:
 
 def table(base: Profile, found: Fit, used: Sequence[Case]) -> str:
     """Return every fitted figure: before, after, and how well the runs determine it."""
-    before = values_of(base, used[0].transport)
+    before = values_of(base, transport_of(used))
     lines = [f"{'figure':<26}{'before':>10}{'fitted':>10}  {'+-':>7}"]
     for name, value in found.values.items():
         error = found.errors.get(name)
@@ -121,7 +128,7 @@ def errors(profile: Profile, used: Sequence[Case], out: Sequence[Case], simulate
 def written(base: Profile, found: Fit, used: Sequence[Case], folders: Sequence[Path]) -> str:
     """Return the fitted profile as YAML, every figure with where it comes from."""
     what = f"{len(used)} load points of {', '.join(folder.name for folder in folders)}"
-    profile, transport = found.profile, used[0].transport
+    profile, transport = found.profile, transport_of(used)
 
     def source(name: str, key: str) -> str:
         if key not in found.errors:

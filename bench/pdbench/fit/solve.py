@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdbench.fit.cases import FIGURES, Case
+from pdbench.fit.cases import FIGURES, Case, transport_of
 from pdbench.model.profile import Profile
 
 Vector = npt.NDArray[np.float64]
@@ -76,7 +76,7 @@ def fit(base: Profile, cases: Sequence[Case], simulate: Simulate, say: Callable[
     """
     if not cases:
         raise ValueError("no load point to fit to")
-    transport = cases[0].transport
+    transport = transport_of(cases)
     start = values_of(base, transport)
     names = [name for name, value in start.items() if value > 0]
     at = np.log([start[name] for name in names])

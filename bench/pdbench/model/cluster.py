@@ -13,7 +13,7 @@ from typing import Literal
 
 from pdbench.model.radix import pack
 from pdbench.model.rates import Rates
-from pdbench.model.requests import FOREVER, Event, Limits, Request
+from pdbench.model.requests import FOREVER, Event, Limits, Request, Token
 from pdbench.model.scheduler import Worker
 
 
@@ -188,22 +188,40 @@ class Simulation:
                 for event in worker.advance(self.now):
                     self._route(event)
                 # Tokens on their way through the front end, too: it is settled when they arrive.
-                for due, request, number in worker.tokens(FOREVER):
-                    if request.way != "send":
-                        trip: _Trip = request.tag  # type: ignore[assignment]
-                        trip.outcome.tokens.append(due)
-                        if number == request.output_tokens - 1:
-                            self._ended(due, request, trip)
+                for token in worker.tokens(FOREVER):
+                    self._reaches(token)
             else:
                 _, _, action = heapq.heappop(self._calls)
                 action(self.now)
+
+    def _reaches(self, token: Token) -> None:
+        """A token has left its worker; the client gets nothing before prefill has answered, too.
+
+        So does sglang-router, always; smg and mini-lb on the OpenAI routes, where prefill's headers come with its answer
+        (tests/local/test_other_routers.py).
+        """
+        due, request, _ = token
+        trip: _Trip = request.tag  # type: ignore[assignment]
+        if request.way == "send":
+            trip.answered = due
+            held, trip.held = trip.held, []
+            for early in held:
+                self._reaches(early)
+            return
+        if trip.answered is None:
+            trip.held.append(token)
+            return
+        at = max(due, trip.answered)
+        trip.outcome.tokens.append(at)
+        if token[2] == request.output_tokens - 1:
+            self._ended(at, request, trip)
 
     def _send(self, now: float, outcome: Outcome) -> None:
         prompt, cluster = outcome.prompt, self._cluster
         ids = pack(prompt.ids) if prompt.ids else b""
         try:
             if cluster.aggregated:
-                own = Request("local", prompt.prompt_tokens, prompt.output_tokens, ids, tag=_Trip(outcome, None, None, None))
+                own = Request("local", prompt.prompt_tokens, prompt.output_tokens, ids, tag=_Trip(outcome, -FOREVER))
                 cluster.aggregated[self._next("aggregated")].submit(now, own)
                 return
             here, there = self._next("prefill"), self._next("decode")
@@ -236,7 +254,7 @@ class Simulation:
         prefill, decode = trip.prefill, trip.decode
         if event.kind == "granted":
             self._call(event.at + self._message_s, lambda at: prefill.grant(at, sender))
-        else:
+        elif event.kind == "sent":
             self._call(event.at + self._message_s, lambda at: decode.deliver(at, receiver, sender.sent_bytes))
 
     def _ended(self, at: float, request: Request, trip: _Trip) -> None:
@@ -255,6 +273,9 @@ class _Trip:
     """Who has to do with one prompt."""
 
     outcome: Outcome
-    pair: tuple[Request, Request] | None
-    prefill: Worker | None
-    decode: Worker | None
+    #: when prefill's answer came, None before; and tokens that wait for it
+    answered: float | None
+    prefill: Worker | None = None
+    decode: Worker | None = None
+    pair: tuple[Request, Request] | None = None
+    held: list[Token] = field(default_factory=list)

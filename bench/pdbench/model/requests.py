@@ -52,12 +52,12 @@ class Request:
 class Event(NamedTuple):
     """Something that another worker has to know, at time `at`.
 
-    `granted`: decode has memory, prefill may begin; `sent`: the last KV left the prefill; `took` is then how long the transfer
-    took, in seconds, from the end of the last chunk's computation.
+    `granted`: decode has memory, prefill may begin; `sent`: the last KV left the prefill; `answered`: the prefill worker found
+    that out, and answers; `took` is then how long that is after the end of the last chunk's computation, in seconds.
     """
 
     at: float
-    kind: Literal["granted", "sent"]
+    kind: Literal["granted", "sent", "answered"]
     request: Request
     took: float = 0.0
 

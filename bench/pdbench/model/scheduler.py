@@ -10,7 +10,8 @@ What it follows:
 - admission by memory, with a new-token ratio that decays: `NewTokenRatioTracker`;
 - retraction of the requests with the fewest outputs: `ScheduleBatch.retract_decode`;
 - decode pre-allocation with reserved tokens: `DecodePreallocQueue.pop_preallocated`;
-- KV sent chunk by chunk while the next chunk computes: `send_kv_chunk`;
+- KV sent chunk by chunk while the next chunk computes: `send_kv_chunk`; a prefill worker looks between two steps which transfers
+  are over, and answers those requests: `process_disagg_prefill_inflight_queue`;
 - a prefix cache on workers that compute prompts; one front-end process through which every request and token goes.
 
 Left out: overlap of steps with scheduling, speculative decoding, priorities, the time to restore a retracted request's KV, and
@@ -66,6 +67,8 @@ class Worker:
         self._prealloc: deque[Request] = deque()
         self._ready: deque[Request] = deque()
         self._retracted: deque[Request] = deque()
+        #: prefill: requests whose KV is there, unanswered, and when each was computed
+        self._landed: list[tuple[Request, float]] = []
         self._chunked: Request | None = None
         self._running: list[Request] = []
         self._context = 0
@@ -414,6 +417,7 @@ class Worker:
                 self._finish(request)
             else:
                 self._start_running(request)
+        self._poll(now)
         self._next(now)
 
     def _send(self, now: float, request: Request, last: bool) -> None:
@@ -423,16 +427,27 @@ class Worker:
         request.sent_bytes += size
         there = self.links.send(now, request, size)
         if last:
-            self._at(there, lambda at: self._sent(at, request, at - now))
+            self._at(there, lambda at: self._sent(at, request, now))
 
-    def _sent(self, now: float, request: Request, took: float) -> None:
+    def _sent(self, now: float, request: Request, computed: float) -> None:
         if request.state == "done":
             return
-        self._out.append(Event(now, "sent", request, took))
-        while request.generated < request.output_tokens:  # a prefill worker answers with its one token
-            self._emit(now, request)
-        self._finish(request)
-        self._kick(now)
+        self._out.append(Event(now, "sent", request))
+        self._landed.append((request, computed))
+        if not self._busy:
+            self._poll(now)
+            self._next(now)
+
+    def _poll(self, now: float) -> None:
+        """Prefill: answer those whose KV is there; nobody looks while a step computes, so they wait for its end."""
+        landed, self._landed = self._landed, []
+        for request, computed in landed:
+            if request.state == "done":
+                continue
+            self._out.append(Event(now, "answered", request, now - computed))
+            while request.generated < request.output_tokens:  # a prefill worker answers with its one token
+                self._emit(now, request)
+            self._finish(request)
 
     def _start_decode(self, now: float) -> None:
         batch = len(self._running)

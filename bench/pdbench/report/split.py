@@ -25,6 +25,7 @@ _LOOK = {
     "kv_transfer": (BLUE, ""),
     "decode_queue": (SKY, "//"),
     "first_step": (SKY, ""),
+    "prefill_answer": ("#8a8a8a", "//"),
     "rest": (VERMILLION, ".."),
 }
 REST = "unexplained rest"
