@@ -21,6 +21,7 @@ options:
   admin_api_key: {description: The key for what changes a worker., type: str}
   router_tls_cert: {description: The router's certificate (PEM)., type: str}
   router_tls_key: {description: Its private key (PEM)., type: str}
+  hf_token: {description: The hub's token., type: str}
   service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
   keep:
@@ -74,6 +75,7 @@ def main() -> None:
             "admin_api_key": {"type": "str", "no_log": True},
             "router_tls_cert": {"type": "str"},
             "router_tls_key": {"type": "str", "no_log": True},
+            "hf_token": {"type": "str", "no_log": True},
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "keep": {"type": "list", "elements": "str", "default": []},

@@ -87,7 +87,7 @@ def _table() -> Dict[str, Variable]:
             "str",
             None,
             CLUSTER,
-            "With `model_source: hub`: the hub's token (vault, or a lookup of a file).",
+            "The hub's token (vault, or a lookup of a file), with `model_source: hub` and where the engine downloads the model.",
             secret=True,
         ),
         v("served_model_name", "str", None, CLUSTER, "Name in requests; not set: the value of `model`."),
