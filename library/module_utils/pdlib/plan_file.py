@@ -29,7 +29,12 @@ _PLAN: Json = {
     "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
     "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str, "tls_ca": str}, "members": [str]},
-    "hosts": {"*": {"address": str, "gpus": [int], "link": _LINK, "firewall": {"spared!": [str], "range!": [int]}, **_PATHS}},
+    "hosts": {
+        "*": {
+            **{"address": str, "tcp_addresses": [str], "gpus": [int], "link": _LINK},
+            **{"firewall": {"spared!": [str], "range!": [int]}, **_PATHS},
+        }
+    },
     "firewall": {"bench!": {"*": str}, "clients!": [str], "monitors!": [str], "meet_port": int},
     "overrides": dict,
     "kv_probe": {"*": dict},
