@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
+from .transfer import BUILDS
 from .transfer_table import KNOBS
 
 CLUSTER, HOST, BENCH, VERB = "cluster", "host", "bench", "verb"
@@ -318,7 +319,7 @@ def _table() -> Dict[str, Variable]:
             HOST,
             "What the engine in `engine_requirements` is built for: the transfer engines that fit it are installed beside it. `auto`: "
             "what our own locks are for (CUDA 13); to files of yours nothing is added (docs/fabric.md).",
-            choices=("auto", "cuda12", "cuda13", "cpu", "npu"),
+            choices=("auto", *BUILDS),
         ),
         v(
             "nixl_source",
