@@ -29,7 +29,10 @@ options:
     type: list
     elements: str
     default: []
-  purge: {description: "With C(state=absent), remove install_dir, too.", type: bool, default: false}
+  purge:
+    description: With C(state=absent), remove install_dir, folders of compiled kernels and the user, too, as far as we made them.
+    type: bool
+    default: false
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
 attributes:
   check_mode: {support: full, description: Says what would start, stop and be written.}
