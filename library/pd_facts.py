@@ -53,6 +53,8 @@ def main() -> None:
     try:
         found = facts.gather(p["accelerators"], p["python"], p["model"])
         stamps = facts.installed(p["install_dir"]) if p["install_dir"] else {}
+        if "gpu_fault" in found:
+            raise UserError(found["gpu_fault"])
     except UserError as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=False, found=found, installed=stamps)

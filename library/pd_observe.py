@@ -29,12 +29,14 @@ plan:
   description: Of the deployed plan what a decision takes; empty when nothing is deployed.
   returned: always
   type: dict
-  sample: {ratio: 1p1d, router: {name: sglang, membership: workers}, workers: [{name: prefill-0, role: prefill, url: "http://h1:30000", gpus: 1}]}
+  sample: {ratio: 1p1d, router: {name: sglang-router, membership: workers}, workers: [{name: prefill-0, role: prefill, url: "http://h1:30000", gpus: 1}]}
 figures:
   description: By worker what it says, as pdlib.autoscale names it.
   returned: always
   type: dict
-  sample: {prefill-0: {queue_s: 1.2, queued: 40, gap_s: 0.0, gaps: 0, waiting: 3, prealloc: 0, full: 0.2}}
+  sample:
+    prefill-0:
+      {queue_s: 1.2, queued: 40, gap_s: 0.0, gaps: 0, waiting: 3, prealloc: 0, held: 2, running: 1, usage: 0.2, most: 64, answer_s: 0.0, answers: 0}
 silent: {description: By worker why it says nothing., returned: always, type: dict, sample: {decode-1: Connection refused}}
 """
 

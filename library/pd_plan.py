@@ -76,7 +76,7 @@ pd_examined:
   sample: {deployed: true, refused: "", inventory: local-1f2e3d4c, meet: {address: 192.0.2.1, port: 8890}}
 pd_bench:
   description: The run and where it happens.
-  returned: with C(verb=bench); with C(verb=teardown) when there is a client host
+  returned: with C(verb=bench) and C(profile); with C(verb=teardown) and C(watch) when there is a client host
   type: dict
   sample: {client: n1, run_id: 20260101-120000-3p1d}
 """

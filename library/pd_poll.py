@@ -24,7 +24,8 @@ options:
     description:
       - Where the controller has what lies in private files of hosts (C(pd_owner.private)), when the module is to get it. C(api_key) and
         C(admin_api_key), as far as the deployment has them, come from the variables of these names, the controller's environment or
-        C(folder); C(router_tls_cert) and C(router_tls_key), where a unit reads them, from these files. They stand in no task.
+        C(folder); C(router_tls_cert) and C(router_tls_key), where a unit reads them, from these files, and C(hf_token) from its variable.
+        They stand in no task.
     type: dict
   keep_going:
     description: Whether a host that fails or is gone is only told of, in C(lost), and the play goes on.

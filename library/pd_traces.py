@@ -27,7 +27,7 @@ EXAMPLES = r"""
 - name: Traces of this host are whole
   pd_poll:
     module: pd_traces
-    args: {action: collect, state_dir: /var/lib/pd, run_id: 20260101-120000-1p1d-profile-decode, wanted: {pd-decode-0: 1}}
+    args: {action: collect, state_dir: /var/lib/pd, run_id: profile-20260101-120000-1p1d-decode, wanted: {pd-decode-0: 1}}
 """
 
 RETURN = r"""

@@ -21,6 +21,7 @@ options:
   admin_api_key: {description: The key for what changes a worker., type: str}
   router_tls_cert: {description: The router's certificate (PEM)., type: str}
   router_tls_key: {description: Its private key (PEM)., type: str}
+  hf_token: {description: The hub's token., type: str}
   service_user: {description: Who the units run as under systemd., type: str, default: root}
   files: {description: Base64 contents of the launcher that reads the key., type: dict, default: {}}
   keep:
@@ -28,7 +29,10 @@ options:
     type: list
     elements: str
     default: []
-  purge: {description: "With C(state=absent), remove install_dir, too.", type: bool, default: false}
+  purge:
+    description: With C(state=absent), remove install_dir, folders of compiled kernels and the user, too, as far as we made them.
+    type: bool
+    default: false
   resumed: {description: Whether this call goes on with what an earlier one started., type: bool, default: false}
 attributes:
   check_mode: {support: full, description: Says what would start, stop and be written.}
@@ -74,6 +78,7 @@ def main() -> None:
             "admin_api_key": {"type": "str", "no_log": True},
             "router_tls_cert": {"type": "str"},
             "router_tls_key": {"type": "str", "no_log": True},
+            "hf_token": {"type": "str", "no_log": True},
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "keep": {"type": "list", "elements": "str", "default": []},

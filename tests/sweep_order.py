@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from local.test_sweep import SHIPPED
 
 from pdbench.sweep import grid, journal, order, planning, plays, spec, table
 from pdbench.sweep.checkout import ROOT
@@ -37,12 +38,6 @@ fixed: {emulated_profile: h200-qwen2.5-3b, concurrency: [8], bench_selfcheck: fa
 requests: 40
 repeats: 1
 """
-#: the sweeps that are shipped, and where
-SHIPPED = {
-    **{"local-demo": INVENTORY, "h200x8-ratios": "inventory/h200x8", "vllm-xpyd": "inventory/vllm-xpyd"},
-    **dict.fromkeys(("h200x4-qwen", "h200x2-qwen", "h200x2-backends"), "inventory/h200-local"),
-    "gh200-a100": INVENTORY,
-}
 
 
 @dataclass
@@ -166,7 +161,7 @@ def measured() -> str:
 def foretold() -> str:
     """Return the second table: the shipped sweeps, as they are planned."""
     rows = []
-    for name, inventory in SHIPPED.items():
+    for name, (inventory, *_) in SHIPPED.items():
         made, ours, plain = planned(yaml.safe_load((ROOT / "sweeps" / f"{name}.yml").read_text()), name, inventory)
         costs = [
             (one.cost.workers, one.cost.deploys, duration(sum(a + b for a, b in table.seconds(one, made))))

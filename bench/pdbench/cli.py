@@ -95,7 +95,7 @@ def _run(args: list[str]) -> int:
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("pdbench"):
             raise
-        print(f"pdbench {args[0]} needs {missing.name}: pip install 'pdbench[{extra}]'", file=sys.stderr)
+        print(f"pdbench {args[0]} needs {missing.name}: .venv/bin/python -m pip install -e 'bench[{extra}]'", file=sys.stderr)
         return 1
     own = args[1 : args.index("--")] if "--" in args else args[1:]
     if {"-h", "--help"} & set(own):

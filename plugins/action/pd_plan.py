@@ -124,11 +124,12 @@ class ActionModule(ActionBase):
                 together = self._meet(planner, groups["bench_clients"], cluster)
                 facts["pd_examined"] |= {"inventory": self._inventory(), "meet": together}
                 return {"changed": False, **facts, **self._common(cluster)}
-            for name in keys.SHARED if measures or verb == "rebalance" else ():
+            for name in (*keys.SHARED, keys.HUB) if measures or verb == "rebalance" else ():
                 if current and current.get(name) and cluster[name] is None:
+                    environment = f"{keys.ENVIRONMENT[name]}, " if name in keys.ENVIRONMENT else ""
                     raise UserError(
                         f"the deployment has an {name}, and {verb}.yml has none: give it the same one (vault, "
-                        f"{keys.ENVIRONMENT[name]}, or -e @file)"
+                        f"{environment}or -e @file)"
                     )
             clients = groups["bench_clients"]
             planner.check_limit(clients if measures else [])

@@ -106,7 +106,7 @@ class ActionModule(ActionBase):
     def secrets(
         self, variables: Mapping[str, Any], places: Mapping[str, Any], units: Sequence[Mapping[str, Any]]
     ) -> dict[str, str]:
-        """Return what lies in private files of the host by name: the deployment's keys, and what the router's unit reads for TLS.
+        """Return what lies in private files of the host by name: the deployment's keys, and what units read beside them.
 
         What a module starts on this machine shall not inherit keys in its environment.
         """
@@ -120,6 +120,8 @@ class ActionModule(ActionBase):
         for name in (keys.CERT, keys.CERT_KEY):
             if any(keys.reads(unit, name) for unit in units):
                 found[name] = self._loader.get_text_file_contents(str(ROOT / places[name]))
+        if any(keys.reads(unit, keys.HUB) for unit in units):
+            found[keys.HUB] = own.get(keys.HUB)
         return {name: str(key) for name, key in found.items() if key is not None}
 
     def kept_going(self, variables: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pdlib import facts
+from pdlib import doctor_look, facts
 from pdlib.errors import UserError
 
 
@@ -53,12 +55,44 @@ def test_gather_asks_the_hosts_tools(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(facts.gather(False)).isdisjoint({"gpus", "gpu_cards", "rdma", "peermem"})
 
 
-def test_a_host_without_tools_or_with_a_broken_driver_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_tools_or_gpus_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert facts.gather(True)["gpus"] == []
     assert "addresses" not in facts.gather(True)
-    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9\n")
+    tool(tmp_path, "nvidia-smi", "echo 'No devices were found'; exit 6\n")
     assert facts.gpus() == []
+    assert "gpu_fault" not in facts.gather(True)
+
+
+def test_a_broken_driver_is_told_of_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    said = "Failed to initialize NVML: Driver/library version mismatch"
+    tool(tmp_path, "nvidia-smi", f"echo '{said}'; exit 18\n")
+    with pytest.raises(UserError, match=rf"^nvidia-smi fails \(exit 18: {said}\): the driver needs repair"):
+        facts.gpus()
+    # doctor.yml goes on, and tells of it beside all else
+    found = facts.gather(True)
+    assert (found["gpus"], said in found["gpu_fault"]) == ([], True)
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running")
+def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    tool(tmp_path, "nvidia-smi", "exec sleep 20\n")
+    hung: list[subprocess.Popen[str]] = []
+    # as for one that sleeps in the kernel, where no signal reaches it
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: hung.append(process))
+    began = time.monotonic()
+    try:
+        assert doctor_look.run(["nvidia-smi"], 0.2) == (124, "", "nvidia-smi gave no answer within 0.2 s")
+        assert time.monotonic() - began < 10
+    finally:
+        for process in hung:
+            process.terminate()
+            process.wait()
+    monkeypatch.setattr(doctor_look, "run", lambda argv, limit_s: (124, "", "nvidia-smi gave no answer within 60 s"))
+    with pytest.raises(UserError, match="gave no answer within 60 s"):
+        facts.gpus()
 
 
 def test_another_python_says_the_same_of_itself_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:

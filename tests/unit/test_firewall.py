@@ -231,6 +231,27 @@ def test_what_sglang_opens_by_itself_is_closed_to_strangers_and_open_to_workers(
         assert lets_in(text, address(made, "n2"), port)
 
 
+def test_who_comes_from_the_device_of_kv_transfers_is_let_in() -> None:
+    names = {f"n{i}": plans.host(i, 2, address=f"10.77.0.{i}", tcp_device="ib0,ib1") for i in (1, 2)}
+    found = {
+        "n2": {
+            "netdevs": {"10.77.0.2": "eth0", "10.99.0.2": "ib0", "10.98.0.2": "ib1", "fe80::2": "ib0", "172.17.0.1": "docker0"}
+        },
+        "n1": {"netdevs": {"10.77.0.1": "ib0", "10.98.0.1": "ib1"}},
+    }
+    fixed: Json = {"prefill": ["n1"], "decode": ["n2"], "router": ["n1"], "engine": "sglang", "model": "org/m", **ON}
+    made = plans.plan(names, "1p1d", discovered=found, **fixed)
+    text = firewall.ruleset([made], "n1")
+    for port in (40000, made["workers"][0]["ranks"][0]["bootstrap_port"]):
+        assert [lets_in(text, source, port) for source in ("10.77.0.2", "10.99.0.2", "10.98.0.2")] == [True] * 3
+        assert not any(lets_in(text, source, port) for source in ("172.17.0.1", "10.99.0.3"))
+    assert made["hosts"]["n1"]["tcp_addresses"] == ["10.98.0.1"]
+    # who was not asked is as it was deployed
+    again = plans.plan(names, "1p1d", current=made, discovered={"n1": found["n1"]}, **fixed)
+    assert firewall.ruleset([again], "n1") == text
+    assert "tcp_addresses" not in plan("1p1d")["hosts"]["n1"]
+
+
 def test_doctor_s_strangers_are_those_whom_the_rules_keep_out() -> None:
     made = plan("1p1d", hosts=2, firewall_clients=["10.77.0.60/32"])
     addresses = {"n1": ["10.77.0.1"], "n2": ["10.77.0.2"], "c1": ["10.77.0.50"], "n9": ["127.0.0.1", "10.77.0.60"]}

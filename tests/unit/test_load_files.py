@@ -141,7 +141,7 @@ def test_a_tokenizer_that_cannot_be_had_is_one_message(folder: Path, monkeypatch
     with pytest.raises(LoadError, match="is not what the package tokenizers reads: expected value"):
         Tokenizer.load(folder)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(LoadError, match="pip install 'pdbench\\[tokenizer\\]'"):
+    with pytest.raises(LoadError, match=r"\.venv/bin/python -m pip install -e 'bench\[tokenizer\]'"):
         Tokenizer.load(folder)
 
 

@@ -200,6 +200,23 @@ def test_aggregated_workers_stand_behind_the_router_without_disaggregation() -> 
 
 @pytest.mark.parametrize("engine", ["sglang", "emulated"])
 @pytest.mark.parametrize("ratio", ["2p1d", "2agg"])
+def test_the_hubs_token_is_told_of_where_the_engine_downloads(engine: str, ratio: str) -> None:
+    options = {"engine": engine, "model": "Org/m", "hf_token": KEY}
+    made = plan(TWO, ratio, **options)
+    path = {"HF_TOKEN_PATH": "/var/lib/pd/secrets/hf_token"} if engine == "sglang" else {}
+    assert made["hf_token"] is (engine == "sglang")
+    for rank in (rank for worker in made["workers"] for rank in worker["ranks"]):
+        assert {name: value for name, value in rank["env"].items() if "TOKEN" in name} == path
+    everything = json.dumps(made) + "".join(text for name in made["hosts"] for text in units.rendered_files(made, name).values())
+    assert KEY not in everything
+    for others in ({"hf_token": None}, {"model": "/models/m"}, {"model_source": "hub"}):
+        without = plan(TWO, ratio, **{**options, **others})
+        assert without["hf_token"] is False
+        assert "HF_TOKEN_PATH" not in json.dumps(without)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "emulated"])
+@pytest.mark.parametrize("ratio", ["2p1d", "2agg"])
 def test_the_keys_are_nowhere(engine: str, ratio: str) -> None:
     options = {"engine": engine, "model": "m", "api_key": KEY, "admin_api_key": f"{KEY}-too"}
     made = plan(TWO, ratio, **options)

@@ -267,6 +267,17 @@ def test_a_key_is_in_one_private_file_and_a_new_one_restarts(home: Path) -> None
     assert not secret.exists()
 
 
+def test_the_hubs_token_lies_beside_the_keys_and_a_new_one_restarts_nothing(home: Path) -> None:
+    reads = {**A, "env": keys.hub_env(str(home))}
+    step(home, reads, secrets={keys.HUB: "hf_first"})
+    token = home / keys.FILES[keys.HUB]
+    assert (token.read_text(), token.stat().st_mode & 0o777) == ("hf_first", 0o600)
+    assert [name for name, text in snapshot(home).items() if "hf_first" in text] == [keys.FILES[keys.HUB]]
+    assert step(home, reads, secrets={keys.HUB: "hf_second"}).changed == [f"wrote {keys.FILES[keys.HUB]}"]
+    step(home, A)
+    assert not token.exists()
+
+
 def test_a_key_lies_only_where_a_unit_reads_it_and_restarts_no_other(home: Path) -> None:
     both = [word for name in keys.FILES for word in ("--flag", f"{home}/{keys.FILES[name]}")]
     worker, router = unit("pd-prefill-0", *both), unit("pd-router", *both[:2])

@@ -150,6 +150,16 @@ def test_values_of_the_environment_stay_out_of_the_command_line() -> None:
     assert "LD_LIBRARY_PATH" not in unit["env"]
 
 
+def test_the_hubs_token_is_read_in_a_container() -> None:
+    rank = ranks(sglang("docker", model="Org/m", hf_token="s3cret"))[0]
+    assert "s3cret" not in str(rank)
+    assert "HF_TOKEN_PATH" in values(rank["container"]["argv"], "--env")
+    mounts = values(rank["container"]["argv"], "--mount")
+    assert "type=bind,source=/var/lib/pd/secrets,target=/var/lib/pd/secrets,readonly" in mounts
+    # without a key there is no launcher, whose folder the client would miss
+    assert not [mount for mount in mounts if "/bin," in mount]
+
+
 def test_what_outlives_a_container_is_mounted() -> None:
     hub = ranks(sglang("docker", model_dir="/srv/models", cache_dir="/srv/cache"))[0]
     mounts = values(hub["container"]["argv"], "--mount")

@@ -119,6 +119,16 @@ def test_a_secret_is_not_typed_where_everybody_sees_it() -> None:
     settings.check_typed({"api_key": "generate"}, ["api_key=generate"])
 
 
+def test_a_secret_does_not_come_with_e_into_plans_and_results() -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "client_secret"):
+        for variable in ("engine_env", "decode_engine_env"):
+            with pytest.raises(UserError, match=rf"^-e {variable}=...: {name} is a secret .* hf_token \(in a vault") as refused:
+                settings.check_extra_vars({variable: {"A": "1", name: "s3cret"}})
+            assert "s3cret" not in str(refused.value)
+    harmless = {"TOKENIZERS_PARALLELISM": "false", "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": 128, "HF_TOKEN_PATH": "/t"}
+    settings.check_extra_vars({"engine_env": harmless, "prefill_engine_env": None, "decode_engine_env": "A_KEY"})
+
+
 def test_a_secret_is_not_shown() -> None:
     with pytest.raises(UserError) as refused:
         convert("api_key", ["s3cret"])

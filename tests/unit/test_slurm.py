@@ -50,6 +50,9 @@ def test_every_node_may_have_workers_and_the_first_the_rest() -> None:
     assert found["router"]["hosts"] == found["bench_clients"]["hosts"] == ["n1"]
     assert found["_meta"]["hostvars"]["n2"] == {"address": "10.0.0.2", "gpus": 8}
     del said[slurm.GPUS]
+    for text, gpus in (("4", 4), ("h200:4", 4), ("h200:4,a100:4", "auto"), ("0", "auto"), ("", "auto")):
+        made: Any = slurm.inventory({**said, slurm.ASKED: text}, lambda node: node)
+        assert made["_meta"]["hostvars"]["n1"]["gpus"] == gpus
     assert slurm.inventory(said, lambda node: node)["_meta"]["hostvars"]["n1"]["gpus"] == "auto"  # type: ignore[index]
     with pytest.raises(UserError, match="salloc"):
         slurm.inventory({}, lambda node: node)

@@ -25,7 +25,8 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
-            raise LoadError("--tokenizer needs the package tokenizers: pip install 'pdbench[tokenizer]'") from None
+            how = ".venv/bin/python -m pip install -e 'bench[tokenizer]'"
+            raise LoadError(f"--tokenizer needs the package tokenizers: {how}") from None
         try:
             fast = Fast.from_file(str(file))
         except Exception as why:  # the package raises nothing narrower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -43,26 +44,27 @@ _LOG_LINES = 25
 _GPU_FIELDS = "index,name,memory.total,memory.free,pci.bus_id,driver_version"
 
 
-def run(argv: Sequence[str]) -> Tuple[int, str, str]:
-    """Run a command of at most ten seconds."""
+def run(argv: Sequence[str], limit_s: float = 10) -> Tuple[int, str, str]:
+    """Run a command of at most ``limit_s`` seconds; return its exit code, and what it said on stdout and stderr."""
     program = shutil.which(argv[0])
     if not program:
         return 127, "", f"there is no {argv[0]}"
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
-            [program, *argv[1:]],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10,
-            stdin=subprocess.DEVNULL,
-            errors="replace",
+        process = subprocess.Popen(
+            [program, *argv[1:]], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
         )
-    except subprocess.TimeoutExpired:
-        return 124, "", f"{argv[0]} gave no answer within 10 s"
     except OSError as error:
         return 126, "", f"{argv[0]}: {error.strerror}"
-    return done.returncode, done.stdout, done.stderr
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # One that hangs in a driver does not end, and is not waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        return 124, "", f"{argv[0]} gave no answer within {limit_s:g} s"
+    return process.returncode, out, err
 
 
 def host(task: Mapping[str, Any], command: Run = run) -> Json:

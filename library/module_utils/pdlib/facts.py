@@ -18,6 +18,10 @@ from .errors import UserError
 Json = Dict[str, Any]
 
 
+#: How nvidia-smi ends where there is a driver and no GPU.
+_NO_DEVICES = 6
+
+
 def parse_gpus(text: str) -> List[Json]:
     """Return the GPUs from ``nvidia-smi --query-gpu=index,name,memory.total,pci.bus_id --format=csv,noheader,nounits``.
 
@@ -36,13 +40,18 @@ def parse_gpus(text: str) -> List[Json]:
 
 
 def gpus() -> List[Json]:
-    """Return the host's NVIDIA GPUs, none where there is no driver."""
-    tool = shutil.which("nvidia-smi")
-    if not tool:
+    """Return the host's NVIDIA GPUs, none where there is no driver; raise UserError where there is one that does not work."""
+    if not shutil.which("nvidia-smi"):
         return []
-    query = [tool, "--query-gpu=index,name,memory.total,pci.bus_id", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    return parse_gpus(done.stdout) if done.returncode == 0 else []
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,pci.bus_id", "--format=csv,noheader,nounits"]
+    # Without persistence mode a driver wakes every GPU first.
+    code, out, err = doctor_look.run(query, 60)
+    if code not in (0, _NO_DEVICES):
+        said = " ".join((out.strip() or err).split())[:200]
+        raise UserError(
+            f"nvidia-smi fails (exit {code}: {said}): the driver needs repair, often a reboot, before GPUs can be used"
+        )
+    return parse_gpus(out) if code == 0 else []
 
 
 def addresses() -> Dict[str, str]:
@@ -113,7 +122,8 @@ def installed(install_dir: str) -> Dict[str, str]:
 def gather(accelerators: bool, python_path: str = "", model: str = "") -> Json:
     """Return the facts that the plan reads; GPUs and RDMA devices only where the engine uses real ones.
 
-    ``model``: a path of which is said whether it is there ("": it is not looked for).
+    ``model``: a path of which is said whether it is there ("": it is not looked for). ``gpu_fault`` is there where GPUs cannot be
+    asked for, and says why.
     """
     found: Json = {"service_manager": service_manager(), "python": {**python(python_path), "others": newer_pythons()}}
     if model.startswith("/"):
@@ -128,7 +138,10 @@ def gather(accelerators: bool, python_path: str = "", model: str = "") -> Json:
     if default_address():
         found["default_address"] = default_address()
     if accelerators:
-        cards = gpus()
+        try:
+            cards = gpus()
+        except UserError as error:
+            cards, found["gpu_fault"] = [], str(error)
         # nvidia-smi says which GPU has which index; without it (an NPU host, say) there is none to be near to.
         rows = rdma.ports(cards={card["index"]: card["pci"] for card in cards if card["pci"]})
         found.update({"gpu_cards": cards, "gpus": [card["index"] for card in cards]})

@@ -105,6 +105,14 @@ def network(text: Any) -> Optional[Network]:
         return None
 
 
+def routed(address: str) -> bool:
+    """Whether an address means one host alone, whatever the link."""
+    try:
+        return not ip_address(address).is_link_local
+    except ValueError:
+        return False
+
+
 def inside(address: str, networks: Iterable[Network]) -> bool:
     """Whether an address lies in one of the networks."""
     try:
@@ -155,8 +163,9 @@ def admitted(plan: Mapping[str, Any], port: Port) -> Set[Network]:
     """Return the networks that a plan lets in at a port; names are nobody's address and are left out."""
     section = plan.get("firewall") or {}
     bench = section.get("bench") or {}
-    known = {source: _entry(plan, source).get("address") or bench.get(source) for source in port.sources}
-    found = [network(text) for text in [*known.values(), *(section.get(port.open_to) or [])]]
+    known = [_entry(plan, source).get("address") or bench.get(source) for source in port.sources]
+    known += [own for source in port.sources for own in _entry(plan, source).get("tcp_addresses") or []]
+    found = [network(text) for text in [*known, *(section.get(port.open_to) or [])]]
     return {item for item in found if item is not None}
 
 

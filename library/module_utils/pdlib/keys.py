@@ -17,8 +17,10 @@ API, ADMIN = "api_key", "admin_api_key"
 SHARED = (API, ADMIN)
 #: The router's own, for TLS.
 CERT, CERT_KEY = "router_tls_cert", "router_tls_key"
+#: The workers', where the engine downloads the model.
+HUB = "hf_token"
 #: Under a host's state directory: what lies there in files of mode 0600, and the launcher that reads keys.
-FILES = {name: f"secrets/{name}" for name in (*SHARED, CERT, CERT_KEY)}
+FILES = {name: f"secrets/{name}" for name in (*SHARED, CERT, CERT_KEY, HUB)}
 LAUNCHER = "bin/with_api_key.py"
 #: Where the controller's environment may have them.
 ENVIRONMENT = {API: "PD_API_KEY", ADMIN: "PD_ADMIN_API_KEY"}
@@ -33,9 +35,14 @@ def flags(state_dir: str, api: bool, admin: bool = False) -> Dict[str, str]:
     return {_FLAGS[name]: f"{state_dir}/{FILES[name]}" for name in SHARED if given[name]}
 
 
+def hub_env(state_dir: str) -> Dict[str, str]:
+    """Return what tells huggingface_hub in which file its token is."""
+    return {"HF_TOKEN_PATH": f"{state_dir}/{FILES[HUB]}"}
+
+
 def reads(unit: Mapping[str, Any], name: str) -> bool:
-    """Whether a unit's command line names the file of a key."""
-    return any(str(item).endswith(f"/{FILES[name]}") for item in unit["argv"])
+    """Whether a unit's command line or environment names the file of a key."""
+    return any(str(item).endswith(f"/{FILES[name]}") for item in (*unit["argv"], *unit["env"].values()))
 
 
 def resolve(name: str, given: Any, environ: Mapping[str, str], folder: Path) -> Any:

@@ -184,6 +184,7 @@ class Planner(Site):
             "served_model_name": self.cluster["served_model_name"] or self.model,
             "api_key": self.cluster["api_key"] is not None,
             "admin_api_key": self.cluster["admin_api_key"] is not None,
+            "hf_token": self.hub_token,
             # Aggregated workers move no KV cache, whatever is set for those that do.
             "transfer_backend": backend if pairs else "none",
             "transfer_backend_reason": reason if pairs else "aggregated workers move no KV cache",

@@ -25,11 +25,16 @@ _PATHS = dict.fromkeys(("service_manager", "state_dir", "install_dir"), str)
 #: A name that ends in "!" must be there, others may be absent or null; "*" stands for any other name.
 _PLAN: Json = {
     **{"ratio!": str, "engine": str, "engine_version": str, "model": str, "transfer_backend": str},
-    **{"api_key": bool, "admin_api_key": bool},
+    **{"api_key": bool, "admin_api_key": bool, "hf_token": bool},
     "workers!": [{"name!": str, "role!": str, "url!": str, "ranks!": [_RANK]}],
     "pairs": [{"prefill!": str, "decode!": str, "expected_transport": str}],
     "router!": {**{"host!": str, "unit": str, "argv": [str], "url": str, "address": str, "tls_ca": str}, "members": [str]},
-    "hosts": {"*": {"address": str, "gpus": [int], "link": _LINK, "firewall": {"spared!": [str], "range!": [int]}, **_PATHS}},
+    "hosts": {
+        "*": {
+            **{"address": str, "tcp_addresses": [str], "gpus": [int], "link": _LINK},
+            **{"firewall": {"spared!": [str], "range!": [int]}, **_PATHS},
+        }
+    },
     "firewall": {"bench!": {"*": str}, "clients!": [str], "monitors!": [str], "meet_port": int},
     "overrides": dict,
     "kv_probe": {"*": dict},

@@ -23,6 +23,7 @@ def entry(
     return {
         "address": addresses[name],
         "gpus": list(site.gpus(name)) if name in site.worker_hosts else [],
+        **_tcp_addresses(site, name, addresses[name]),
         "rdma_fabric": link.fabric,
         "rdma_devices": list(link.devices),
         "link": link.to_json(),
@@ -104,6 +105,17 @@ def _provided(site: Site, name: str) -> Json:
     about = {"engine": site.engine.name, "package": site.engine.package or site.engine.name, "version": site.version}
     about["python"] = site.python(name)
     return provision.of_host(name, settings, site.cluster, about, site.model, site.engine.needs_model, site.accelerated(name))
+
+
+def _tcp_addresses(site: Site, name: str, address: str) -> Json:
+    """Addresses of the host's declared ``tcp_device`` beside its own: its KV transfers come from there; {} without any."""
+    device, netdevs = site.inputs.hosts[name]["tcp_device"], site.inputs.discovered.get(name, {}).get("netdevs")
+    if device is None:
+        return {}
+    found = site.deployed(name).get("tcp_addresses") or []
+    if netdevs is not None:
+        found = [own for own, its in netdevs.items() if its in device.split(",") and own != address and firewall.routed(own)]
+    return {"tcp_addresses": list(found)} if found else {}
 
 
 def _walled(site: Site, name: str) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Sequence
 
-from . import engines, flags, plan_ports, provision, routers, runtimes, transfer
+from . import engines, flags, keys, plan_ports, provision, routers, runtimes, transfer
 from .fabric import Link
 from .fabric_mask import Setting
 from .plan_site import Site
@@ -43,7 +43,8 @@ def rank_of(
     )  # fmt: skip
     given = flags.overlaid(site.engine.flags(context), site.engine_args(host, worker.role))
     own = site.engine_env(host, worker.role)
-    env = {**site.engine.env(context), **transfer.npu_environment(own, host, worker.name, gpus), **own}
+    hub = keys.hub_env(settings["state_dir"]) if site.hub_token else {}
+    env = {**site.engine.env(context), **hub, **transfer.npu_environment(own, host, worker.name, gpus), **own}
     rank = {
         "host": host, "node_rank": index, "gpus": list(gpus), "unit": f"pd-{worker.name}.service",
         "argv": [*site.engine.command(context), *flags.argv(given)], "env": env, "address": addresses[host],

@@ -228,6 +228,12 @@ class Site:
             result.update({key: str(value) for key, value in (self.inputs.hosts[host].get(name) or {}).items()})
         return result
 
+    @property
+    def hub_token(self) -> bool:
+        """Whether workers get the hub's token: there is one, and the engine downloads the model by its name."""
+        by_name = self.engine.needs_model and self.cluster["model_source"] == "path" and not self.model.startswith("/")
+        return by_name and self.cluster["hf_token"] is not None
+
     def on_cpu(self, host: str, role: str) -> bool:
         """Whether a worker of the role runs on the host's CPU."""
         return self.engine.on_cpu(self.engine_args(host, role), self.engine_env(host, role))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Optional, Sequence
 
-from . import models, runtimes
+from . import keys, models, runtimes
 from .errors import UserError
 
 Json = Dict[str, Any]
@@ -50,7 +50,8 @@ def container(rank: Json, settings: Settings, cluster: Settings, model: str, len
         install_dir=settings["install_dir"],
         gpus=lent if accelerated and "CUDA_VISIBLE_DEVICES" in rank["env"] else (),
         rdma=accelerated and bool(rank["rdma_devices"]),
-        keys=cluster["api_key"] is not None or cluster["admin_api_key"] is not None,
+        launcher=cluster["api_key"] is not None or cluster["admin_api_key"] is not None,
+        secrets=any(keys.reads(rank, name) for name in keys.FILES),
         files=bool(settings["engine_files"]),
         root=settings["service_manager"] == "systemd" or settings["runtime"] == "docker",
         shm_size=settings["engine_shm_size"],

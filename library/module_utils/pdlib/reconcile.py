@@ -89,7 +89,8 @@ class Reconciler:
             installed += _text(Path(self.units[name]["container"]["record"]))
         named = "".join(text for path, text in sorted(self.shipped.items()) if path in self.units[name]["argv"])
         files = hashlib.sha256(named.encode()).hexdigest() if named else ""
-        read = [self.secrets[key] for key in sorted(self.secrets) if keys.reads(self.units[name], key)]
+        # The hub's token is read when something is downloaded.
+        read = [self.secrets[key] for key in sorted(self.secrets) if key != keys.HUB and keys.reads(self.units[name], key)]
         secret = "".join(hashlib.sha256(key.encode()).hexdigest() for key in read)
         return identity(self.units[name], secret + installed + files)
 

@@ -29,7 +29,8 @@ class Container:
     """What the container of one rank needs; paths are the host's, and the same inside.
 
     ``gpus``: indices (on the host) that the deployment lends there; ``files``: whether files of the user's were
-    sent to ``<state_dir>/files``; ``root``: whether the client may raise limits;
+    sent to ``<state_dir>/files``; ``secrets``, ``launcher``: whether it reads files of keys, and has some read by the launcher;
+    ``root``: whether the client may raise limits;
     ``model``: what is mounted read-only, None for a hub's name.
     """
 
@@ -40,7 +41,8 @@ class Container:
     install_dir: str
     gpus: Sequence[int]
     rdma: bool
-    keys: bool
+    secrets: bool
+    launcher: bool
     files: bool
     root: bool
     shm_size: Optional[str]
@@ -103,8 +105,8 @@ def _kept(env: Mapping[str, str]) -> List[str]:
 def _mounts(c: Container, env: Mapping[str, str]) -> List[str]:
     work = work_dir(c.state_dir, c.unit)
     pairs = [(work, work, ""), (f"{c.install_dir}/cache", "/root/.cache", ""), *((path, path, "") for path in _kept(env))]
-    ours = [*(("secrets", "bin") if c.keys else ()), *(("files",) if c.files else ())]
-    pairs += [(f"{c.state_dir}/{folder}", f"{c.state_dir}/{folder}", ",readonly") for folder in ours]
+    ours = {"secrets": c.secrets, "bin": c.launcher, "files": c.files}
+    pairs += [(f"{c.state_dir}/{folder}", f"{c.state_dir}/{folder}", ",readonly") for folder, read in ours.items() if read]
     if c.model:
         pairs.append((c.model, c.model, ",readonly"))
     # Unlike --volume it refuses a folder that is not there, and does not make an empty one in its place.

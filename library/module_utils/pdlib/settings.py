@@ -14,22 +14,31 @@ from .variables import BENCH, CLUSTER, HOST, ONLY_TYPED, VARIABLES, VERB, Variab
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 #: How alike an inventory's own variable must be to one of ours to be called a misspelling.
 _TYPO_CUTOFF = 0.87
+#: Names of environment variables that hold secrets (SGLANG_..._MAX_TOKENS does not).
+_PRIVATE = re.compile(r".*(TOKEN|SECRET|PASSWORD|_KEY)", re.IGNORECASE)
 
 
 def check_extra_vars(extra: Mapping[str, Any]) -> None:
     """Refuse ``-e`` names that are neither ours nor Ansible's own, saying which was meant, and manifests of later checkouts."""
     if later := newer(extra.get("manifest")):
         raise UserError(f"-e @manifest.json: {later}")
-    for name in extra:
+    for name, value in extra.items():
         if name == "_raw_params":
             # Ansible puts there what it could not split at "=" and blanks.
             raise UserError(
-                f"-e: {extra[name]!r} is no name=value; one name=value an -e, without blanks; a value with blanks, a list or a "
+                f"-e: {value!r} is no name=value; one name=value an -e, without blanks; a value with blanks, a list or a "
                 """mapping goes as JSON: -e '{"bench_load": {"isl": "512", "osl": "128"}}'"""
             )
         if name not in VARIABLES and not name.startswith("ansible_"):
             hint = did_you_mean(name, VARIABLES) or "; docs/variables.md lists them"
             raise UserError(f"-e {name}=...: there is no variable {name}{hint}")
+        environment = value if name.endswith("engine_env") and isinstance(value, Mapping) else {}
+        private = [key for key in environment if _PRIVATE.fullmatch(str(key))]
+        if private:
+            raise UserError(
+                f"-e {name}=...: {private[0]} is a secret by its name, and what -e sets stays in plans and results. The hub's token is "
+                "hf_token (in a vault, or a file of mode 0600 for -e @FILE); any other belongs in the inventory, in a vault"
+            )
 
 
 def check_typed(extra: Mapping[str, Any], typed: Sequence[str]) -> None:

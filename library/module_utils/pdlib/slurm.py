@@ -8,7 +8,10 @@ from typing import Callable, Dict, List, Mapping
 from .errors import UserError
 
 NODES, GPUS = "SLURM_JOB_NODELIST", "SLURM_GPUS_ON_NODE"
+#: What `--gpus-per-node` was, ``8`` or ``h200:8``: the shell of `salloc` on a login node has no other.
+ASKED = "SLURM_GPUS_PER_NODE"
 _MOST = 4096
+_GPUS = re.compile(r"(?:[^:,]+:)?([0-9]+)")
 _NUMBERS = re.compile(r"(\d+)(?:-(\d+))?$")
 
 
@@ -58,8 +61,8 @@ def inventory(environment: Mapping[str, str], address_of: Callable[[str], str]) 
             f"{NODES} is not set: this inventory is that of a Slurm allocation; type it inside of `salloc` or `sbatch`"
         )
     nodes = expand(nodelist)
-    gpus = environment.get(GPUS, "")
-    known = {"gpus": int(gpus) if gpus.isdigit() and int(gpus) else "auto"}
+    gpus = _GPUS.fullmatch(environment.get(GPUS) or environment.get(ASKED, ""))
+    known = {"gpus": int(gpus[1]) if gpus and int(gpus[1]) else "auto"}
     return {
         "prefill_nodes": {"hosts": nodes},
         "decode_nodes": {"hosts": nodes},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
+from .transfer import BUILDS
 from .transfer_table import KNOBS
 
 CLUSTER, HOST, BENCH, VERB = "cluster", "host", "bench", "verb"
@@ -87,7 +88,7 @@ def _table() -> Dict[str, Variable]:
             "str",
             None,
             CLUSTER,
-            "With `model_source: hub`: the hub's token (vault, or a lookup of a file).",
+            "The hub's token (vault, or a lookup of a file), with `model_source: hub` and where the engine downloads the model.",
             secret=True,
         ),
         v("served_model_name", "str", None, CLUSTER, "Name in requests; not set: the value of `model`."),
@@ -318,7 +319,7 @@ def _table() -> Dict[str, Variable]:
             HOST,
             "What the engine in `engine_requirements` is built for: the transfer engines that fit it are installed beside it. `auto`: "
             "what our own locks are for (CUDA 13); to files of yours nothing is added (docs/fabric.md).",
-            choices=("auto", "cuda12", "cuda13", "cpu", "npu"),
+            choices=("auto", *BUILDS),
         ),
         v(
             "nixl_source",
