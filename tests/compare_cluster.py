@@ -67,6 +67,7 @@ def slowed(figures: Profile, factor: float) -> Profile:
             decode_us_per_request=engine.decode_us_per_request * factor,
             frontend_us_per_token=engine.frontend_us_per_token * factor,
             frontend_us_per_request=engine.frontend_us_per_request * factor,
+            request_ms=engine.request_ms * factor,
         ),
         transports={
             name: replace(way, bandwidth_gb_per_s=way.bandwidth_gb_per_s / factor, latency_ms=way.latency_ms * factor)

@@ -26,6 +26,7 @@ FITTED = {
     "decode_us_per_request": 3.0,
     "frontend_us_per_token": 2.0,
     "frontend_us_per_request": 3.0,
+    "request_ms": 3.0,
     "latency_ms": 3.0,
 }
 #: shares of a peak end at 1

@@ -62,7 +62,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Engine:
-    """How well an engine uses a GPU, and its limits. Units are in the names; efficiencies are shares of the GPU's peak."""
+    """How well an engine uses a GPU, and its limits. Units are in the names; efficiencies are shares of the GPU's peak.
+
+    `request_ms`: what a request spends outside of scheduler and GPU (router, HTTP, tokenizer, sockets), which keeps nobody busy.
+    """
 
     compute_efficiency: float
     bandwidth_efficiency: float
@@ -79,6 +82,7 @@ class Engine:
     startup_s: float
     bootstrap_attempts: int
     bootstrap_interval_s: float
+    request_ms: float = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Profile:
 _SHARES = {"compute_efficiency", "bandwidth_efficiency", "tp_efficiency", "mem_fraction"}
 _MAY_BE_ZERO = {
     *("kv_lora_rank", "rope_dim", "experts", "experts_per_token", "windowed_layers", "window", "prefill_overhead_ms"),
-    *("decode_overhead_ms", "decode_us_per_request", "frontend_us_per_token", "frontend_us_per_request", "latency_ms"),
+    *("decode_overhead_ms", "decode_us_per_request", "frontend_us_per_token", "frontend_us_per_request", "latency_ms", "request_ms"),
     *("setup_ms", "startup_s", "bootstrap_interval_s", "reserved_decode_tokens"),
 }
 
