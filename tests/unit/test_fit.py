@@ -106,7 +106,7 @@ def test_the_latency_that_is_fitted_is_of_the_way_that_caches_went_whatever_come
     moved = replace(case(1, 1, 0, 64, 8, 1), transport="tcp")
     hidden = with_values(base, {**values_of(base, "tcp"), "latency_ms": 40.0}, "tcp")
     told = [replace(one, measured=simulate(hidden, one)) for one in (cases[3], moved)]
-    assert fit(base, told, one_by_one).profile.transports["tcp"].latency_ms > 20
+    assert fit(base, told, one_by_one).profile.transports["tcp"].latency_ms > 3 * base.transports["tcp"].latency_ms
 
 
 def test_a_published_table_is_fitted_to_as_its_runs_are() -> None:
