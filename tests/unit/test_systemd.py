@@ -150,7 +150,7 @@ def test_systemd_takes_our_units_whole(user: str, gpu: bool) -> None:
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        ("Restart=on-failure", "Restart=allways"),
+        ("Restart=always", "Restart=allways"),
         ("LimitCORE=0", "LimitCOER=0"),
         ("[Install]", "[Instal]"),
         ("ExecStart=/bin/sh", "ExecStart=/bin/no-such-program"),
@@ -216,6 +216,11 @@ def test_what_breaks_gpus_rdma_or_models_is_not_set(name: str) -> None:
 def test_root_keeps_its_capabilities_and_nobody_else_gets_any() -> None:
     assert "CapabilityBoundingSet" not in units.systemd_unit(unit(user="root"), "/s", "1p1d")
     assert "\nUser=pd\nCapabilityBoundingSet=\n" in units.systemd_unit(unit(user="pd"), "/s", "1p1d")
+
+
+def test_a_server_that_ends_by_itself_comes_back_whatever_its_status() -> None:
+    """vLLM's API server ends with 0 when the engine behind it died."""
+    assert "\nRestart=always\n" in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
 
 
 # ---------------------------------------------------------------- the account

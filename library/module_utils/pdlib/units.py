@@ -236,7 +236,8 @@ StartLimitBurst=5
 {account}EnvironmentFile={_systemd_path(state_dir)}/units/{unit["name"]}.env
 WorkingDirectory={_systemd_path(work_dir(state_dir, unit["name"]))}
 {before}ExecStart={_command_lines(unit["argv"], _systemd_word)}
-{after}Restart=on-failure
+{after}# vLLM ends with status 0 when its engine died.
+Restart=always
 RestartSec=5
 # Only the engine's first process is asked to end: it drains, and ends the others itself.
 KillMode=mixed
