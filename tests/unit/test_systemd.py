@@ -223,6 +223,24 @@ def test_a_server_that_ends_by_itself_comes_back_whatever_its_status() -> None:
     assert "\nRestart=always\n" in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
 
 
+def test_every_gpu_has_its_device_file_before_a_gpu_service_starts(host: Path) -> None:
+    """As nvidia-modprobe does it: -c N makes /dev/nvidiaN (255: nvidiactl), and after -u it makes nvidia-uvm instead."""
+    for number, minor in enumerate((1, 0)):
+        folder = host / "gpus" / f"0000:0{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t NVIDIA H200\nDevice Minor: \t {minor}\nGPU Excluded:\t No\n")
+    tool = host / "bin" / "nvidia-modprobe"
+    text = units.systemd_unit(unit(gpu=True), "/var/lib/pd", "1p1d").replace("/proc/driver/nvidia/gpus", str(host / "gpus"))
+    (command,) = re.findall(r"^ExecStartPre=\+-/bin/sh -c '([^']*)'$", text, re.M)
+    command = command.replace("\\\n", " ").replace("$$", "$")
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0, "a host without the tool"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {host}/asked\n')
+    tool.chmod(0o755)
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+    assert asked(host) == ["-c 255", "-c 1 -c 0", "-u -c 0"]
+    assert "nvidia-modprobe" not in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
+
+
 # ---------------------------------------------------------------- the account
 
 

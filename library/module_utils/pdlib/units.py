@@ -203,7 +203,11 @@ SystemCallArchitectures=native
 UMask=0027
 """
 #: With the rights of root, because a service that gains none cannot run the setuid program that makes the GPUs' device files.
-_GPU_FILES = "ExecStartPre=+-/bin/sh -c 'if command -v nvidia-modprobe; then nvidia-modprobe -u -c 0; fi'\n"
+#: 255 is /dev/nvidiactl, and loads the driver, which then says which minors its GPUs have; with -u it makes /dev/nvidia-uvm alone.
+_GPU_FILES = """\
+ExecStartPre=+-/bin/sh -c 'command -v nvidia-modprobe >/dev/null || exit 0; nvidia-modprobe -c 255; \\
+  nvidia-modprobe $$(sed -n "s/^Device Minor:/-c/p" /proc/driver/nvidia/gpus/*/information); nvidia-modprobe -u -c 0'
+"""
 
 
 def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
