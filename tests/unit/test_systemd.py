@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -221,6 +222,27 @@ def test_root_keeps_its_capabilities_and_nobody_else_gets_any() -> None:
 def test_a_server_that_ends_by_itself_comes_back_whatever_its_status() -> None:
     """vLLM's API server ends with 0 when the engine behind it died."""
     assert "\nRestart=always\n" in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
+
+
+def test_a_unit_waits_for_the_mounts_of_all_that_it_names_and_for_what_its_devices_need() -> None:
+    argv = ["/nfs/venv/bin/python", "-m", "engine", "--model-path", "/models/a b/100%", "--port", "1", "{'/x': 1}", "//", "/"]
+    env = {"HF_HOME": "/home/hf", "LD_LIBRARY_PATH": "/lib/a:/lib/b", "C": "/ssd/c/", "TRITON_CACHE_DIR": "/ssd/c/t"}
+    text = units.systemd_unit(unit(argv=argv, env=env, cache_dir="/ssd/c"), "/var/lib/pd", "1p1d")
+    (mounts,) = re.findall(r"^RequiresMountsFor=(.*)$", text, re.M)
+    wanted = ["/home/hf", "/lib/a", "/lib/b", "/models/a b/100%%", "/nfs/venv/bin/python", "/ssd/c"]
+    assert shlex.split(mounts) == wanted
+    after = {name for line in re.findall(r"^After=(.*)$", text, re.M) for name in line.split()}
+    assert after == {
+        "network-online.target", "remote-fs.target",
+        "nvidia-persistenced.service", "nvidia-fabricmanager.service", "openibd.service",
+    }  # fmt: skip
+
+
+@needs_systemd
+@pytest.mark.parametrize("path", ["/a b/c", '/it\'s "here"', "/100%/$HOME", "/back\\slash", "/x/../y/./z//w", "/é", "/{}"])
+def test_systemd_takes_the_path_of_any_model(path: str) -> None:
+    manager = Systemd("/var/lib/pd", "", "1p1d")
+    manager.check(manager.files([unit(argv=["/bin/sh", "-c", "exit", path], env={"A": path})]))
 
 
 def test_every_gpu_has_its_device_file_before_a_gpu_service_starts(host: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shlex
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -210,6 +212,15 @@ ExecStartPre=+-/bin/sh -c 'command -v nvidia-modprobe >/dev/null || exit 0; nvid
 """
 
 
+def _paths(unit: Mapping[str, Any]) -> List[str]:
+    """Return the paths that a unit's command line and environment name: its Python, model, caches, files."""
+    named = [*unit["argv"], *(part for value in unit["env"].values() for part in value.split(":")), unit.get("cache_dir") or ""]
+    named += (unit.get("container") or {}).get("folders", [])
+    found = {os.path.normpath(word) for word in named if re.fullmatch(r"/[^/\0-\x1f][^\0-\x1f]*", word)}
+    # What lies in another is there with it.
+    return sorted(path for path in found if not any(path.startswith(f"{other}/") for other in found))
+
+
 def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
     """Return the systemd service; its environment lies in ``<state_dir>/units/<name>.env``."""
     user = unit.get("user") or "root"
@@ -226,11 +237,15 @@ def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
         needs = " docker.service" if container["runtime"] == "docker" else ""
         # podman sets containers up itself, with all that a confined service may not do.
         hardening = "" if container["runtime"] == "podman" else _HARDENING
+    paths = " ".join(_systemd_path(_quoted(path)) for path in _paths(unit))
     return f"""{HEADER}
 [Unit]
 Description=PD {unit["title"]} ({ratio})
-After=network-online.target{needs}
+After=network-online.target remote-fs.target{needs}
+# After a boot, what GPUs and RDMA cards need first; what is not installed is nothing to wait for.
+After=nvidia-persistenced.service nvidia-fabricmanager.service openibd.service
 Wants=network-online.target
+RequiresMountsFor={paths}
 PartOf=pd.target
 # A model that takes minutes to load and dies is given up after five times.
 StartLimitIntervalSec=1800
@@ -261,10 +276,14 @@ def _systemd_path(text: str) -> str:
     return text.replace("%", "%%")
 
 
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def systemd_env(unit: Mapping[str, Any]) -> str:
     """Return the EnvironmentFile of a unit."""
-    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in unit["env"].items()}
-    return "\n".join([HEADER, *(f'{key}="{value}"' for key, value in sorted(quoted.items()))]) + "\n"
+    return "\n".join([HEADER, *(f"{key}={_quoted(value)}" for key, value in sorted(unit["env"].items()))]) + "\n"
 
 
 def systemd_target() -> str:
