@@ -52,6 +52,7 @@ def test_vllm_moves_kv_by_nixl_with_a_side_channel_of_its_own_per_worker() -> No
             "kv_load_failure_policy": "fail",
         }
         assert rank["env"]["VLLM_NIXL_SIDE_CHANNEL_HOST"] == rank["address"]
+        assert rank["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
         seen.add((rank["address"], rank["env"]["VLLM_NIXL_SIDE_CHANNEL_PORT"], rank["env"]["CUDA_VISIBLE_DEVICES"]))
         assert rank["health_url"] == f"{worker['url']}/health"
         assert "bootstrap_port" not in rank

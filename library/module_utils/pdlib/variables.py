@@ -212,7 +212,13 @@ def _table() -> Dict[str, Variable]:
             HOST,
             "With `firewall`: ports of other programs in the ranges that engines take ports from, open as before: `[32803, 50051-50060]`.",
         ),
-        v("gpus", "gpus", None, HOST, "GPUs lent to the deployment: a count, a list of indices, or `auto` (found at deploy)."),
+        v(
+            "gpus",
+            "gpus",
+            None,
+            HOST,
+            "GPUs lent to the deployment: a count, a list of indices (as nvidia-smi counts), or `auto` (found at deploy).",
+        ),
         v("prefill_gpus", "ints", None, HOST, "The indices that prefill workers may use; not set: all of `gpus`."),
         v("decode_gpus", "ints", None, HOST, "The indices that decode workers may use; not set: all of `gpus`."),
         v(
