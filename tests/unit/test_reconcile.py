@@ -481,9 +481,10 @@ def test_runs_that_were_never_fetched_outlive_a_teardown_but_not_a_purge(home: P
 
 def test_systemd_units_of_others_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(managers.Systemd, "UNITS", tmp_path)
-    for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-agent", "")):
+    for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-inside", "/s/pd/two"), ("pd-agent", "")):
         text = units.systemd_unit(unit(name), folder, "1p1d") if folder else "[Service]\nExecStart=/usr/bin/agent\n"
         (tmp_path / f"{name}.service").write_text(text)
+    (tmp_path / "pd-gone.service").symlink_to(tmp_path / "nothing")
     assert [path.stem for path in managers.Systemd("/s/pd", "/i", "").own_units()] == ["pd-ours"]
 
 

@@ -75,6 +75,14 @@ def write(path: Path, text: str, mode: int) -> bool:
     return True
 
 
+def _lines(path: Path) -> List[str]:
+    """A file's lines, none where it cannot be read: a link into nowhere, say."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 class _UnixTransport(xmlrpc.client.Transport):
     """XML-RPC over a unix socket."""
 
@@ -222,8 +230,9 @@ class Systemd:
 
     def own_units(self) -> List[Path]:
         """Return the unit files of this state directory; others' units may well be called pd-something."""
-        mark = f"={str(self.home).replace('%', '%%')}/"
-        return [path for path in sorted(self.UNITS.glob("pd-*.service")) if mark in path.read_text(errors="replace")]
+        home = str(self.home).replace("%", "%%")
+        paths = sorted(self.UNITS.glob("pd-*.service"))
+        return [path for path in paths if f"EnvironmentFile={home}/units/{path.stem}.env" in _lines(path)]
 
     @staticmethod
     def _systemctl(*args: str) -> str:
