@@ -19,6 +19,7 @@ import toolbox
 from pdlib import processes
 from pdlib.errors import UserError
 from pdlib.folders import claim
+from pdlib.managers import Supervisord
 from pdlib.reconcile import Reconciler
 from pdlib.steps import Outcome
 from pdlib.teardown import remove_everything
@@ -179,6 +180,17 @@ def test_a_unit_that_dies_fails_at_once_with_its_log_and_can_be_put_right(box: B
     assert "wrote pd-prefill-0.sh" in changed
     assert box.pid(right)
     assert box.converge(right, good) == []
+
+
+def test_surplus_that_dies_again_and_again_is_gone(box: Box) -> None:
+    good, name = server("pd-decode-0", free_port()), "pd-prefill-0"
+    dying = {**server(name, free_port()), "argv": ["/bin/sh", "-c", "exit 7"]}
+    with pytest.raises(UserError, match=f"{name} died before it was ready"):
+        box.converge(dying, good)
+    manager = Supervisord(str(box.home), "", "")
+    assert manager.status()[name].state == "dead"
+    assert f"stopped {name}" in box.converge(good)
+    assert set(manager.status()) == {"pd-decode-0"}
 
 
 def test_a_taken_port_is_named_with_its_holder(box: Box) -> None:

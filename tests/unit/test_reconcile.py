@@ -229,6 +229,17 @@ def test_surplus_that_only_the_record_knows_is_ended_too(home: Path) -> None:
     assert not [name for name in snapshot(home) if "decode" in name]
 
 
+def test_surplus_that_waits_for_its_next_start_is_stopped_too(home: Path) -> None:
+    step(home, A, B)
+    UNITS["pd-decode-0"] = ("dead", 0)
+    assert step(home, A).changed == ["stopped pd-decode-0"]
+    assert CALLS[0] == "stop pd-decode-0"
+    UNITS["pd-prefill-0"] = ("dead", 0)
+    CALLS.clear()
+    remove_everything(str(home), str(home / "none"), ["supervisord"], False, False)
+    assert "stop pd-prefill-0" in CALLS
+
+
 def test_a_host_without_units_has_nothing_to_do(home: Path) -> None:
     outcome = step(home)
     assert (outcome.done, outcome.changed, CALLS) == (True, [], [])

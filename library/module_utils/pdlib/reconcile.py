@@ -218,7 +218,8 @@ class Reconciler:
     def _stop(self, names: Sequence[str], end: float) -> List[str]:
         """Ask units to stop; return those that still run at ``end``."""
         status = self.manager.status()
-        self.manager.stop([name for name in names if name in status and status[name].state in ("running", "starting")])
+        # One that is dead may wait for its next start.
+        self.manager.stop([name for name in names if name in status and status[name].state != "stopping"])
         left = list(names)
         while left and time.monotonic() < end:
             status = self.manager.status()
