@@ -101,8 +101,9 @@ class _UnixTransport(xmlrpc.client.Transport):
 class Supervisord:
     """supervisord in the state directory, started by us, listening on a socket of ours only."""
 
+    #: 10: its process runs for less than ``startsecs``
     _STATES = {
-        0: "stopped", 10: "starting", 20: "running", 30: "dead", 40: "stopping", 100: "dead", 200: "dead", 1000: "dead",
+        0: "stopped", 10: "running", 20: "running", 30: "dead", 40: "stopping", 100: "dead", 200: "dead", 1000: "dead",
     }  # fmt: skip
 
     def __init__(self, state_dir: str, install_dir: str, ratio: str):
@@ -135,7 +136,7 @@ class Supervisord:
         if not self._up():
             return {}
         return {
-            row["name"]: Status(self._STATES[row["state"]], row["pid"], row["spawnerr"] or row["description"])
+            row["name"]: Status(self._STATES[row["state"]], row["pid"], row["spawnerr"] or row["description"] or "started")
             for row in self._call("getAllProcessInfo")
         }
 

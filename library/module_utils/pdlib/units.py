@@ -125,8 +125,9 @@ command=/bin/sh {shlex.quote(f"{state_dir}/units/{name}.sh")}
 directory={work_dir(state_dir, name)}
 autostart=false
 autorestart=true
-startsecs=2
-startretries=3
+; As systemd does it: what ends within six minutes of its start is given up after five times.
+startsecs=360
+startretries=4
 stopasgroup=true
 killasgroup=true
 stopwaitsecs=90
