@@ -196,7 +196,7 @@ def _table() -> Dict[str, Variable]:
             "With `firewall`: who may reach the HTTP ports of workers and the router's metrics, beside `bench_clients` (Prometheus).",
         ),
         # -- hosts
-        v("address", "str", None, HOST, "The address at which the other hosts reach this one."),
+        v("address", "str", None, HOST, "The IPv4 address at which the other hosts reach this one."),
         v("listen_address", "str", None, HOST, "What workers and router bind to; not set: `address`."),
         v(
             "firewall",
