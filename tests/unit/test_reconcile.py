@@ -358,6 +358,16 @@ def test_a_unit_that_was_ready_may_be_started_anew(home: Path) -> None:
     assert step(home, A).changed == []
 
 
+def test_what_became_of_units_since_a_deploy_started_them(home: Path) -> None:
+    assert reconcile.became(str(home), "supervisord") == {}
+    step(home, A, B, unit("pd-router", "r"))
+    assert set(reconcile.became(str(home), "supervisord").values()) == {"same"}
+    UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
+    UNITS["pd-decode-0"] = ("dead", 0)
+    wanted = {"pd-prefill-0": "anew", "pd-decode-0": "ended", "pd-router": "same"}
+    assert reconcile.became(str(home), "supervisord") == wanted
+
+
 def test_a_unit_that_stopped_by_itself_is_started(home: Path) -> None:
     step(home, A, B)
     UNITS["pd-prefill-0"] = ("dead", 0)

@@ -48,10 +48,11 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
 
 
 def _as_one(worker: Mapping[str, Any]) -> Json:
-    """Ranks meet once, at their start: what changes one of them restarts all, on every host."""
+    """Ranks meet once, at their start: what changes one of them restarts all, on every host, as does another ``meeting``."""
     if len(worker["ranks"]) == 1:
         return {}
-    text = json.dumps([[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]])
+    rows = [[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]]
+    text = json.dumps([rows, worker.get("meeting", 0)])
     return {"as_one": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
