@@ -19,6 +19,7 @@ import toolbox
 from pdlib import processes
 from pdlib.errors import UserError
 from pdlib.folders import claim
+from pdlib.managers import Supervisord
 from pdlib.reconcile import Reconciler
 from pdlib.steps import Outcome
 from pdlib.teardown import remove_everything
@@ -114,6 +115,7 @@ def test_a_second_step_changes_nothing_and_a_change_restarts_one(box: Box) -> No
     one, two = server("pd-prefill-0", free_port()), server("pd-decode-0", free_port())
     router = server("pd-router", free_port(), "--flag", members=("--decode", "a"))
     changed = box.converge(one, two, router)
+    assert {now.state for now in Supervisord(str(box.home), "", "").status().values()} == {"running"}
     assert {f"started {u['name']}" for u in (one, two, router)} <= set(changed)
     pids, files = [box.pid(u) for u in (one, two, router)], box.files()
     assert Path(f"/proc/{pids[0]}/cwd").resolve() == Path(processes.work_dir(str(box.home), "pd-prefill-0")).resolve()
@@ -179,6 +181,30 @@ def test_a_unit_that_dies_fails_at_once_with_its_log_and_can_be_put_right(box: B
     assert "wrote pd-prefill-0.sh" in changed
     assert box.pid(right)
     assert box.converge(right, good) == []
+
+
+def test_surplus_that_dies_again_and_again_is_gone(box: Box) -> None:
+    good, name = server("pd-decode-0", free_port()), "pd-prefill-0"
+    dying = {**server(name, free_port()), "argv": ["/bin/sh", "-c", "exit 7"]}
+    with pytest.raises(UserError, match=f"{name} died before it was ready"):
+        box.converge(dying, good)
+    manager = Supervisord(str(box.home), "", "")
+    assert manager.status()[name].state == "dead"
+    assert f"stopped {name}" in box.converge(good)
+    assert set(manager.status()) == {"pd-decode-0"}
+
+
+def test_a_unit_that_always_dies_is_given_up_after_five_starts(box: Box) -> None:
+    """It lives for longer than supervisord's own idea of a start that failed, as an engine does that loads its model first."""
+    dying = {**server("pd-prefill-0", free_port()), "argv": ["/bin/sh", "-c", "sleep 2; exit 7"]}
+    with pytest.raises(UserError, match="died before it was ready"):
+        box.converge(dying)
+    log, end = box.home / "log" / "supervisord.log", time.monotonic() + 60
+    while "gave up: pd-prefill-0" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert log.read_text().count("spawned: 'pd-prefill-0'") == 5
+    assert Supervisord(str(box.home), "", "").status()["pd-prefill-0"].state == "dead"
 
 
 def test_a_taken_port_is_named_with_its_holder(box: Box) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from unit.plans import Json, host, inputs, make_plan, plan
 
-from pdlib import engines, flags, units
+from pdlib import engines, flags, moves, units
 from pdlib.errors import UserError
-from pdlib.plan import Planner
+from pdlib.plan import Planner, leaving
 
 TWO = {"n1": host(1), "n2": host(2)}
 VLLM: dict[str, Any] = {"engine": "vllm", "model": "Qwen/Qwen2.5-7B-Instruct", "router": "vllm-router"}
@@ -52,6 +52,7 @@ def test_vllm_moves_kv_by_nixl_with_a_side_channel_of_its_own_per_worker() -> No
             "kv_load_failure_policy": "fail",
         }
         assert rank["env"]["VLLM_NIXL_SIDE_CHANNEL_HOST"] == rank["address"]
+        assert rank["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
         seen.add((rank["address"], rank["env"]["VLLM_NIXL_SIDE_CHANNEL_PORT"], rank["env"]["CUDA_VISIBLE_DEVICES"]))
         assert rank["health_url"] == f"{worker['url']}/health"
         assert "bootstrap_port" not in rank
@@ -247,6 +248,47 @@ def test_ranks_of_a_worker_restart_as_one() -> None:
     one, other = identities(before), identities(after)
     assert one.keys() == other.keys()
     assert {name for name in one if one[name] != other[name]} == {"n1 pd-prefill-0", "n2 pd-prefill-0"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "again"),
+    [
+        ("same", "same", False),
+        ("same", "anew", True),
+        ("ended", "same", True),
+        ("anew", "ended", True),
+        ("anew", "anew", False),
+        ("ended", "ended", False),
+        ("same", None, True),
+    ],
+)
+def test_ranks_start_together_again_where_one_was_started_or_ended_alone(first: str, second: str | None, again: bool) -> None:
+    hosts = {f"n{i}": host(i, gpus=8) for i in (1, 2, 3)}
+    shape = {**SGLANG, "prefill_tensor_parallel_size": 16, "prefill_nodes_per_worker": 2, "decode_tensor_parallel_size": 8}
+    before = plan(hosts, "1p1d", **shape)
+    found: dict[str, dict[str, Any]] = {
+        "n1": {"units": {"pd-prefill-0": first, "pd-router": "anew"}},
+        "n2": {"units": {"pd-prefill-0": second} if second else {}},
+        "n3": {"units": {"pd-decode-0": "anew"}},
+    }
+    after = plan(hosts, "1p1d", current=before, discovered=found, **shape)
+
+    def identities(made: Json) -> dict[str, str]:
+        return {f"{name} {u['name']}": units.identity(u) for name in hosts for u in units.host_units(made, name)}
+
+    changed = {name for name, is_ in identities(before).items() if identities(after)[name] != is_}
+    assert changed == ({"n1 pd-prefill-0", "n2 pd-prefill-0"} if again else set())
+    assert set(leaving(before, after)) == ({"prefill-0"} if again else set()), "the router lets go of it first"
+    # they run as they were started now, and nothing restarts them again
+    whole = {name: {"units": dict.fromkeys(row["units"], "same")} for name, row in found.items()}
+    whole["n2"] = {"units": {"pd-prefill-0": "same"}}
+    assert plan(hosts, "1p1d", current=after, discovered=whole, **shape) == after
+    assert plan(hosts, "1p1d", current=after, **shape) == after
+    # of a host that --limit leaves out nothing is known
+    assert plan(hosts, "1p1d", current=before, discovered={"n1": found["n1"]}, **shape) == before
+    if again:
+        with pytest.raises(UserError, match="prefill-0 would restart for another reason than the ratio"):
+            moves.check(before, after)
 
 
 def test_the_first_ranks_address_is_where_all_meet_on_hosts_with_several_networks() -> None:

@@ -164,6 +164,7 @@ def test_eight_gpus_are_used_as_by_hand(ratio: str) -> None:
         url = f"http://127.0.0.1:{port}"
         assert (worker["role"], worker["url"]) == (role, url)
         assert rank["env"]["CUDA_VISIBLE_DEVICES"] == gpus
+        assert rank["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "as nvidia-smi counts, whose indices these are"
         assert (rank["port"], rank.get("bootstrap_port")) == (port, bootstrap)
         wanted = {
             "--model-path": "openai/gpt-oss-120b",

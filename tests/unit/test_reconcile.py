@@ -229,6 +229,17 @@ def test_surplus_that_only_the_record_knows_is_ended_too(home: Path) -> None:
     assert not [name for name in snapshot(home) if "decode" in name]
 
 
+def test_surplus_that_waits_for_its_next_start_is_stopped_too(home: Path) -> None:
+    step(home, A, B)
+    UNITS["pd-decode-0"] = ("dead", 0)
+    assert step(home, A).changed == ["stopped pd-decode-0"]
+    assert CALLS[0] == "stop pd-decode-0"
+    UNITS["pd-prefill-0"] = ("dead", 0)
+    CALLS.clear()
+    remove_everything(str(home), str(home / "none"), ["supervisord"], False, False)
+    assert "stop pd-prefill-0" in CALLS
+
+
 def test_a_host_without_units_has_nothing_to_do(home: Path) -> None:
     outcome = step(home)
     assert (outcome.done, outcome.changed, CALLS) == (True, [], [])
@@ -356,6 +367,16 @@ def test_a_unit_that_was_ready_may_be_started_anew(home: Path) -> None:
     step(home, A)
     UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
     assert step(home, A).changed == []
+
+
+def test_what_became_of_units_since_a_deploy_started_them(home: Path) -> None:
+    assert reconcile.became(str(home), "supervisord") == {}
+    step(home, A, B, unit("pd-router", "r"))
+    assert set(reconcile.became(str(home), "supervisord").values()) == {"same"}
+    UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
+    UNITS["pd-decode-0"] = ("dead", 0)
+    wanted = {"pd-prefill-0": "anew", "pd-decode-0": "ended", "pd-router": "same"}
+    assert reconcile.became(str(home), "supervisord") == wanted
 
 
 def test_a_unit_that_stopped_by_itself_is_started(home: Path) -> None:
@@ -492,9 +513,10 @@ def test_runs_that_were_never_fetched_outlive_a_teardown_but_not_a_purge(home: P
 
 def test_systemd_units_of_others_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(managers.Systemd, "UNITS", tmp_path)
-    for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-agent", "")):
+    for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-inside", "/s/pd/two"), ("pd-agent", "")):
         text = units.systemd_unit(unit(name), folder, "1p1d") if folder else "[Service]\nExecStart=/usr/bin/agent\n"
         (tmp_path / f"{name}.service").write_text(text)
+    (tmp_path / "pd-gone.service").symlink_to(tmp_path / "nothing")
     assert [path.stem for path in managers.Systemd("/s/pd", "/i", "").own_units()] == ["pd-ours"]
 
 

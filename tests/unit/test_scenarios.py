@@ -138,8 +138,10 @@ def meant(command: str) -> tuple[Words, Words, list[int]]:
 
 def _ours(case: Case, rank: Json, role: str) -> tuple[Words, Words]:
     """What a plan adds to every server: (flags, environment)."""
-    visible = "ASCEND_RT_VISIBLE_DEVICES" if case.backend == "ascend" else "CUDA_VISIBLE_DEVICES"
-    env = {visible: ",".join(map(str, rank["gpus"]))}
+    gpus = ",".join(map(str, rank["gpus"]))
+    # The scripts left the order to CUDA, and meant nvidia-smi's.
+    cuda = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus}
+    env = {"ASCEND_RT_VISIBLE_DEVICES": gpus} if case.backend == "ascend" else cuda
     if len(rank["gpus"]) > 1 and rank["rdma_devices"]:
         # The scripts left NCCL of one host every card, the masked one, too.
         env["NCCL_IB_HCA"] = "=" + ",".join(f"{device}:1" for device in rank["rdma_devices"])

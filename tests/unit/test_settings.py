@@ -92,6 +92,9 @@ def test_typed_values(name: str, value: Any, wanted: Any) -> None:
         ("bench_concurrency", "", "not none at all"),
         ("state_dir", "pd", "expected an absolute path"),
         ("install_dir", "~/pd", "expected an absolute path"),
+        ("address", "fd00::11", "expected an IPv4 address; a deployment over IPv6 was never tried"),
+        ("address", "[fd00::11]", "expected an IPv4 address"),
+        ("listen_address", "::", "expected an IPv4 address"),
     ],
 )
 def test_a_mistake_names_variable_value_place_and_what_is_right(name: str, value: Any, part: str) -> None:

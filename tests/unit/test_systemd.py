@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_systemd_takes_our_units_whole(user: str, gpu: bool) -> None:
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        ("Restart=on-failure", "Restart=allways"),
+        ("Restart=always", "Restart=allways"),
         ("LimitCORE=0", "LimitCOER=0"),
         ("[Install]", "[Instal]"),
         ("ExecStart=/bin/sh", "ExecStart=/bin/no-such-program"),
@@ -216,6 +217,50 @@ def test_what_breaks_gpus_rdma_or_models_is_not_set(name: str) -> None:
 def test_root_keeps_its_capabilities_and_nobody_else_gets_any() -> None:
     assert "CapabilityBoundingSet" not in units.systemd_unit(unit(user="root"), "/s", "1p1d")
     assert "\nUser=pd\nCapabilityBoundingSet=\n" in units.systemd_unit(unit(user="pd"), "/s", "1p1d")
+
+
+def test_a_server_that_ends_by_itself_comes_back_whatever_its_status() -> None:
+    """vLLM's API server ends with 0 when the engine behind it died."""
+    assert "\nRestart=always\n" in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
+
+
+def test_a_unit_waits_for_the_mounts_of_all_that_it_names_and_for_what_its_devices_need() -> None:
+    argv = ["/nfs/venv/bin/python", "-m", "engine", "--model-path", "/models/a b/100%", "--port", "1", "{'/x': 1}", "//", "/"]
+    env = {"HF_HOME": "/home/hf", "LD_LIBRARY_PATH": "/lib/a:/lib/b", "C": "/ssd/c/", "TRITON_CACHE_DIR": "/ssd/c/t"}
+    text = units.systemd_unit(unit(argv=argv, env=env, cache_dir="/ssd/c"), "/var/lib/pd", "1p1d")
+    (mounts,) = re.findall(r"^RequiresMountsFor=(.*)$", text, re.M)
+    wanted = ["/home/hf", "/lib/a", "/lib/b", "/models/a b/100%%", "/nfs/venv/bin/python", "/ssd/c"]
+    assert shlex.split(mounts) == wanted
+    after = {name for line in re.findall(r"^After=(.*)$", text, re.M) for name in line.split()}
+    assert after == {
+        "network-online.target", "remote-fs.target",
+        "nvidia-persistenced.service", "nvidia-fabricmanager.service", "openibd.service",
+    }  # fmt: skip
+
+
+@needs_systemd
+@pytest.mark.parametrize("path", ["/a b/c", '/it\'s "here"', "/100%/$HOME", "/back\\slash", "/x/../y/./z//w", "/é", "/{}"])
+def test_systemd_takes_the_path_of_any_model(path: str) -> None:
+    manager = Systemd("/var/lib/pd", "", "1p1d")
+    manager.check(manager.files([unit(argv=["/bin/sh", "-c", "exit", path], env={"A": path})]))
+
+
+def test_every_gpu_has_its_device_file_before_a_gpu_service_starts(host: Path) -> None:
+    """As nvidia-modprobe does it: -c N makes /dev/nvidiaN (255: nvidiactl), and after -u it makes nvidia-uvm instead."""
+    for number, minor in enumerate((1, 0)):
+        folder = host / "gpus" / f"0000:0{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t NVIDIA H200\nDevice Minor: \t {minor}\nGPU Excluded:\t No\n")
+    tool = host / "bin" / "nvidia-modprobe"
+    text = units.systemd_unit(unit(gpu=True), "/var/lib/pd", "1p1d").replace("/proc/driver/nvidia/gpus", str(host / "gpus"))
+    (command,) = re.findall(r"^ExecStartPre=\+-/bin/sh -c '([^']*)'$", text, re.M)
+    command = command.replace("\\\n", " ").replace("$$", "$")
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == 0, "a host without the tool"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {host}/asked\n')
+    tool.chmod(0o755)
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+    assert asked(host) == ["-c 255", "-c 1 -c 0", "-u -c 0"]
+    assert "nvidia-modprobe" not in units.systemd_unit(unit(), "/var/lib/pd", "1p1d")
 
 
 # ---------------------------------------------------------------- the account

@@ -187,6 +187,10 @@ def test_supervisord_reads_its_files(state: str) -> None:
     assert row["directory"] == work_dir(state, "pd-prefill-0")
     assert row["stdout_logfile"] == f"{state}/log/pd-prefill-0.log"
     assert row["autostart"] == "false", "only the reconciler starts units"
+    # As often as systemd: five starts in StartLimitIntervalSec are five that last a fifth of it each.
+    unit_file = units.systemd_unit(unit(["/x"]), state, "1p1d")
+    starts, seconds = int(setting(unit_file, "StartLimitBurst")), int(setting(unit_file, "StartLimitIntervalSec"))
+    assert (int(row["startretries"]), int(row["startsecs"])) == (starts - 1, seconds // starts)
     conf = configparser.ConfigParser(inline_comment_prefixes=(";", "#"))
     conf.read_string(units.supervisor_conf(state, units.socket_path(state)))
     assert conf["unix_http_server"]["file"] == units.socket_path(state)

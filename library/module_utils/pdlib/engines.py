@@ -113,9 +113,16 @@ def _sglang_flags(c: WorkerContext) -> Dict[str, Any]:
     return flags
 
 
+def _visible(c: WorkerContext) -> Dict[str, str]:
+    gpus = ",".join(map(str, c.gpus))
+    if c.npu:
+        return {"ASCEND_RT_VISIBLE_DEVICES": gpus}
+    # CUDA counts the fastest first by itself, and nvidia-smi, whose indices these are, by PCI bus.
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus}
+
+
 def _sglang_env(c: WorkerContext) -> Dict[str, str]:
-    visible = "ASCEND_RT_VISIBLE_DEVICES" if c.npu else "CUDA_VISIBLE_DEVICES"
-    env = {visible: ",".join(map(str, c.gpus)), "SGLANG_HOST_IP": c.address, **_fabric_env(c)}
+    env = {**_visible(c), "SGLANG_HOST_IP": c.address, **_fabric_env(c)}
     if c.cache_dir:
         # 0.5.23 has all caches under the first; 0.5.17 knows only the others.
         env.update(
@@ -169,7 +176,7 @@ def _vllm_flags(c: WorkerContext) -> Dict[str, Any]:
 
 
 def _vllm_env(c: WorkerContext) -> Dict[str, str]:
-    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, c.gpus)), **_fabric_env(c)}
+    env = {**_visible(c), **_fabric_env(c)}
     if c.nodes > 1:
         env["VLLM_HOST_IP"] = c.address
     if c.side_channel_port is not None:

@@ -75,6 +75,14 @@ def write(path: Path, text: str, mode: int) -> bool:
     return True
 
 
+def _lines(path: Path) -> List[str]:
+    """A file's lines, none where it cannot be read: a link into nowhere, say."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 class _UnixTransport(xmlrpc.client.Transport):
     """XML-RPC over a unix socket."""
 
@@ -93,8 +101,9 @@ class _UnixTransport(xmlrpc.client.Transport):
 class Supervisord:
     """supervisord in the state directory, started by us, listening on a socket of ours only."""
 
+    #: 10: its process runs for less than ``startsecs``
     _STATES = {
-        0: "stopped", 10: "starting", 20: "running", 30: "dead", 40: "stopping", 100: "dead", 200: "dead", 1000: "dead",
+        0: "stopped", 10: "running", 20: "running", 30: "dead", 40: "stopping", 100: "dead", 200: "dead", 1000: "dead",
     }  # fmt: skip
 
     def __init__(self, state_dir: str, install_dir: str, ratio: str):
@@ -127,7 +136,7 @@ class Supervisord:
         if not self._up():
             return {}
         return {
-            row["name"]: Status(self._STATES[row["state"]], row["pid"], row["spawnerr"] or row["description"])
+            row["name"]: Status(self._STATES[row["state"]], row["pid"], row["spawnerr"] or row["description"] or "started")
             for row in self._call("getAllProcessInfo")
         }
 
@@ -222,8 +231,9 @@ class Systemd:
 
     def own_units(self) -> List[Path]:
         """Return the unit files of this state directory; others' units may well be called pd-something."""
-        mark = f"={str(self.home).replace('%', '%%')}/"
-        return [path for path in sorted(self.UNITS.glob("pd-*.service")) if mark in path.read_text(errors="replace")]
+        home = str(self.home).replace("%", "%%")
+        paths = sorted(self.UNITS.glob("pd-*.service"))
+        return [path for path in paths if f"EnvironmentFile={home}/units/{path.stem}.env" in _lines(path)]
 
     @staticmethod
     def _systemctl(*args: str) -> str:

@@ -97,6 +97,8 @@ def _differs(current: Json, target: Json) -> str:
 
 def _new_words(was: Json, now: Json) -> str:
     """Say what is new in how a worker is started."""
+    if was.get("meeting") != now.get("meeting"):
+        return "one of its ranks was started, or ended, alone, and they meet only at their start"
     found: List[str] = []
     for old, new in zip(was["ranks"], now["ranks"]):
         had = {*old["argv"], *(f"{name}={value}" for name, value in old["env"].items())}

@@ -169,7 +169,7 @@ class Planner(Site):
                 ports_of = ports[worker.name]
                 ranks.append(plan_processes.rank_of(self, worker, index, ports_of, backend, addresses, links, fabric))
             url = f"http://{ranks[0]['address']}:{ranks[0]['port']}"
-            workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks})
+            workers.append({"name": worker.name, "role": worker.role, "url": url, "ranks": ranks, **self.meeting(worker.name)})
         self.check_frozen(workers)
         made = {
             "schema": plan_file.SCHEMA,
@@ -221,7 +221,7 @@ def started_as(worker: Mapping[str, Any]) -> Tuple[str, str, str]:
     """Return what tells a worker of one plan from that of another: its name, where it answers, how it is started."""
     # The deployed plan comes from a file, where keys have another order.
     ranks = [[rank["host"], rank["argv"], rank["env"], rank.get("container")] for rank in worker["ranks"]]
-    return worker["name"], worker["url"], json.dumps(ranks, sort_keys=True)
+    return worker["name"], worker["url"], json.dumps([ranks, worker.get("meeting", 0)], sort_keys=True)
 
 
 def leaving(current: Optional[Mapping[str, Any]], plan: Mapping[str, Any]) -> Dict[str, str]:

@@ -210,6 +210,17 @@ class Site:
                 return dict(worker)
         return None
 
+    def meeting(self, name: str) -> Json:
+        """Return ``meeting`` of a worker: how often its ranks had to start together again because one was started, or ended, alone.
+
+        Ranks meet once, at their start. Of ranks on hosts that --limit leaves out nothing is known.
+        """
+        kept = self.kept(name) or {"ranks": []}
+        units = [self.inputs.discovered.get(rank["host"], {}).get("units") for rank in kept["ranks"]]
+        became = {(found or {}).get(rank["unit"][: -len(".service")], "ended") for found, rank in zip(units, kept["ranks"])}
+        count = kept.get("meeting", 0) + (None not in units and len(became) > 1)
+        return {"meeting": count} if count else {}
+
     def engine_args(self, host: str, role: str) -> Json:
         """Return the user's flags for one rank: general ones, overlaid by the role's; the name of a shipped file is its path."""
         settings, result = self.inputs.hosts[host], {}

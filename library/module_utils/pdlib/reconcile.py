@@ -20,6 +20,7 @@ from .steps import STEP_S, Outcome
 from .units import identity
 
 Json = Dict[str, Any]
+_RECORD = "units.json"
 
 
 def healthy(url: str, timeout_s: float = 3.0) -> bool:
@@ -31,6 +32,25 @@ def healthy(url: str, timeout_s: float = 3.0) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def _read_record(path: Path) -> Json:
+    try:
+        found = json.loads(path.read_text())
+        return dict(found) if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def became(state_dir: str, manager: str) -> Dict[str, str]:
+    """Return what became of each unit that a deploy started here: its process is the ``same``, another ``anew``, or ``ended``."""
+    record = _read_record(Path(state_dir) / _RECORD)
+    try:
+        status = MANAGERS[manager](state_dir, "", "").status() if record else {}
+    except (UserError, OSError):
+        return {}
+    pids = {name: status[name].pid if name in status else 0 for name in record}
+    return {name: "ended" if not pid else "same" if pid == record[name].get("pid") else "anew" for name, pid in pids.items()}
 
 
 class Reconciler:
@@ -62,21 +82,14 @@ class Reconciler:
         self.units = {unit["name"]: unit for unit in units}
         self.check = check
         self.outcome = Outcome()
-        self.record_file = self.home / "units.json"
-        self.record: Json = self._read_record()
+        self.record_file = self.home / _RECORD
+        self.record: Json = _read_record(self.record_file)
         #: A key lies where a unit reads it.
         read = [name for name in self.secrets if any(keys.reads(unit, name) for unit in units)]
         self.private = {keys.FILES[name]: (self.secrets[name], 0o600) for name in read}
         if self.secrets and launcher:
             self.private[keys.LAUNCHER] = (launcher, 0o700)
         self.shipped = {str(self.home / "files" / name): text for name, text in (shipped or {}).items()}
-
-    def _read_record(self) -> Json:
-        try:
-            found = json.loads(self.record_file.read_text())
-            return dict(found) if isinstance(found, dict) else {}
-        except (OSError, ValueError):
-            return {}
 
     def _save(self) -> None:
         write(self.record_file, json.dumps(self.record, indent=1, sort_keys=True) + "\n", 0o600)
@@ -219,7 +232,8 @@ class Reconciler:
     def _stop(self, names: Sequence[str], end: float) -> List[str]:
         """Ask units to stop; return those that still run at ``end``."""
         status = self.manager.status()
-        self.manager.stop([name for name in names if name in status and status[name].state in ("running", "starting")])
+        # One that is dead may wait for its next start.
+        self.manager.stop([name for name in names if name in status and status[name].state != "stopping"])
         left = list(names)
         while left and time.monotonic() < end:
             status = self.manager.status()

@@ -203,6 +203,11 @@ def convert(variable: Variable, value: Any, where: str) -> Any:
         raise UserError(f"{variable.name}={shown} ({where}): expected {_EXPECTED[variable.type]}, and not none at all")
     if variable.name in ("state_dir", "install_dir", "model_dir", "cache_dir") and not result.startswith("/"):
         raise UserError(f"{variable.name}={shown} ({where}): expected an absolute path")
+    if variable.name in ("address", "listen_address") and ":" in result:
+        raise UserError(
+            f"{variable.name}={shown} ({where}): expected an IPv4 address; a deployment over IPv6 was never tried, and is not "
+            "written into URLs as they need it"
+        )
     if variable.name == "service_user" and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", result):
         raise UserError(f"{variable.name}={shown} ({where}): expected a user's name, such as pd")
     if variable.name == "model_sha256" and not re.fullmatch(r"[0-9a-f]{64}", result):

@@ -37,7 +37,8 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
             marks |= {processes.work_dir(os.path.realpath(state_dir), unit) for unit in [*running, "supervisord"]}
             continue
         end = time.monotonic() + STEP_S
-        manager.stop([unit for unit, status in manager.status().items() if status.state in ("running", "starting")])
+        # One that is dead may wait for its next start.
+        manager.stop([unit for unit, status in manager.status().items() if status.state != "stopping"])
         while time.monotonic() < end:
             busy = [unit for unit, status in manager.status().items() if status.state in ("running", "starting", "stopping")]
             if not busy:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shlex
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -46,10 +48,11 @@ def host_units(plan: Mapping[str, Any], host: str) -> List[Json]:
 
 
 def _as_one(worker: Mapping[str, Any]) -> Json:
-    """Ranks meet once, at their start: what changes one of them restarts all, on every host."""
+    """Ranks meet once, at their start: what changes one of them restarts all, on every host, as does another ``meeting``."""
     if len(worker["ranks"]) == 1:
         return {}
-    text = json.dumps([[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]])
+    rows = [[rank["host"], rank["argv"], sorted(rank["env"].items())] for rank in worker["ranks"]]
+    text = json.dumps([rows, worker.get("meeting", 0)])
     return {"as_one": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
@@ -123,8 +126,9 @@ command=/bin/sh {shlex.quote(f"{state_dir}/units/{name}.sh")}
 directory={work_dir(state_dir, name)}
 autostart=false
 autorestart=true
-startsecs=2
-startretries=3
+; As systemd does it: what ends within six minutes of its start is given up after five times.
+startsecs=360
+startretries=4
 stopasgroup=true
 killasgroup=true
 stopwaitsecs=90
@@ -203,7 +207,20 @@ SystemCallArchitectures=native
 UMask=0027
 """
 #: With the rights of root, because a service that gains none cannot run the setuid program that makes the GPUs' device files.
-_GPU_FILES = "ExecStartPre=+-/bin/sh -c 'if command -v nvidia-modprobe; then nvidia-modprobe -u -c 0; fi'\n"
+#: 255 is /dev/nvidiactl, and loads the driver, which then says which minors its GPUs have; with -u it makes /dev/nvidia-uvm alone.
+_GPU_FILES = """\
+ExecStartPre=+-/bin/sh -c 'command -v nvidia-modprobe >/dev/null || exit 0; nvidia-modprobe -c 255; \\
+  nvidia-modprobe $$(sed -n "s/^Device Minor:/-c/p" /proc/driver/nvidia/gpus/*/information); nvidia-modprobe -u -c 0'
+"""
+
+
+def _paths(unit: Mapping[str, Any]) -> List[str]:
+    """Return the paths that a unit's command line and environment name: its Python, model, caches, files."""
+    named = [*unit["argv"], *(part for value in unit["env"].values() for part in value.split(":")), unit.get("cache_dir") or ""]
+    named += (unit.get("container") or {}).get("folders", [])
+    found = {os.path.normpath(word) for word in named if re.fullmatch(r"/[^/\0-\x1f][^\0-\x1f]*", word)}
+    # What lies in another is there with it.
+    return sorted(path for path in found if not any(path.startswith(f"{other}/") for other in found))
 
 
 def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
@@ -222,11 +239,15 @@ def systemd_unit(unit: Mapping[str, Any], state_dir: str, ratio: str) -> str:
         needs = " docker.service" if container["runtime"] == "docker" else ""
         # podman sets containers up itself, with all that a confined service may not do.
         hardening = "" if container["runtime"] == "podman" else _HARDENING
+    paths = " ".join(_systemd_path(_quoted(path)) for path in _paths(unit))
     return f"""{HEADER}
 [Unit]
 Description=PD {unit["title"]} ({ratio})
-After=network-online.target{needs}
+After=network-online.target remote-fs.target{needs}
+# After a boot, what GPUs and RDMA cards need first; what is not installed is nothing to wait for.
+After=nvidia-persistenced.service nvidia-fabricmanager.service openibd.service
 Wants=network-online.target
+RequiresMountsFor={paths}
 PartOf=pd.target
 # A model that takes minutes to load and dies is given up after five times.
 StartLimitIntervalSec=1800
@@ -236,7 +257,8 @@ StartLimitBurst=5
 {account}EnvironmentFile={_systemd_path(state_dir)}/units/{unit["name"]}.env
 WorkingDirectory={_systemd_path(work_dir(state_dir, unit["name"]))}
 {before}ExecStart={_command_lines(unit["argv"], _systemd_word)}
-{after}Restart=on-failure
+{after}# vLLM ends with status 0 when its engine died.
+Restart=always
 RestartSec=5
 # Only the engine's first process is asked to end: it drains, and ends the others itself.
 KillMode=mixed
@@ -256,10 +278,14 @@ def _systemd_path(text: str) -> str:
     return text.replace("%", "%%")
 
 
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def systemd_env(unit: Mapping[str, Any]) -> str:
     """Return the EnvironmentFile of a unit."""
-    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in unit["env"].items()}
-    return "\n".join([HEADER, *(f'{key}="{value}"' for key, value in sorted(quoted.items()))]) + "\n"
+    return "\n".join([HEADER, *(f"{key}={_quoted(value)}" for key, value in sorted(unit["env"].items()))]) + "\n"
 
 
 def systemd_target() -> str:

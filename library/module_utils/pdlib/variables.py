@@ -197,7 +197,7 @@ def _table() -> Dict[str, Variable]:
             "With `firewall`: who may reach the HTTP ports of workers and the router's metrics, beside `bench_clients` (Prometheus).",
         ),
         # -- hosts
-        v("address", "str", None, HOST, "The address at which the other hosts reach this one."),
+        v("address", "str", None, HOST, "The IPv4 address at which the other hosts reach this one."),
         v("listen_address", "str", None, HOST, "What workers and router bind to; not set: `address`."),
         v(
             "firewall",
@@ -213,7 +213,13 @@ def _table() -> Dict[str, Variable]:
             HOST,
             "With `firewall`: ports of other programs in the ranges that engines take ports from, open as before: `[32803, 50051-50060]`.",
         ),
-        v("gpus", "gpus", None, HOST, "GPUs lent to the deployment: a count, a list of indices, or `auto` (found at deploy)."),
+        v(
+            "gpus",
+            "gpus",
+            None,
+            HOST,
+            "GPUs lent to the deployment: a count, a list of indices (as nvidia-smi counts), or `auto` (found at deploy).",
+        ),
         v("prefill_gpus", "ints", None, HOST, "The indices that prefill workers may use; not set: all of `gpus`."),
         v("decode_gpus", "ints", None, HOST, "The indices that decode workers may use; not set: all of `gpus`."),
         v(
