@@ -72,7 +72,7 @@ def point_summary(
         "attribution": attribute(evidence or {}, [r for r in records if r.point == number]),
         "valid": not reasons,
         "invalid_reasons": reasons,
-        "notes": [*find_notes(client), *_saturated(saturation), *_uncounted(measured, client)],
+        "notes": [*_failed(measured), *find_notes(client), *_saturated(saturation), *_uncounted(measured, client)],
         "client": dict(client),
     }
 
@@ -209,6 +209,11 @@ def find_notes(client: Mapping[str, object]) -> list[str]:
     if per_read is not None and per_read > 1.2:
         notes.append(f"one read holds {per_read:.1f} events on average: they came together, and ITL has gaps of 0 in it")
     return notes
+
+
+def _failed(measured: Sequence[Record]) -> list[str]:
+    failed = sum(not r.ok for r in measured)
+    return [f"{failed} failed request{' is' if failed == 1 else 's are'} in no percentile"] if failed else []
 
 
 def _saturated(saturation: Json | None) -> list[str]:

@@ -213,15 +213,14 @@ def _sound(plan: Json) -> bool:
 
 
 def _trust(run: RunData, index: int, entry: Json) -> Json:
-    """Return ``valid`` and why not; missing where nobody judged the run and the client found nothing."""
+    """Return ``valid`` and why not: as the gate judged; without it False where the client found something, else missing."""
     found = verdict(run)
-    concerned = [check for check in found.checks if not check["ok"] and check["point"] in (None, index)]
-    reasons = [str(check["message"]) for check in concerned]
-    reasons += [str(why) for why in entry.get("invalid_reasons") or [] if str(why) not in reasons]
-    valid: bool | None = not reasons
-    if found.valid is None and valid:
-        valid, reasons = None, found.reasons
-    return {"valid": valid, "invalid_reasons": "; ".join(reasons)}
+    if found.valid is not None:
+        # The client cannot know how many requests may fail, or what else is allowed: its own reasons are the gate's checks, too.
+        reasons = [str(check["message"]) for check in found.checks if not check["ok"] and check["point"] in (None, index)]
+        return {"valid": not reasons, "invalid_reasons": "; ".join(reasons)}
+    reasons = [str(why) for why in entry.get("invalid_reasons") or []]
+    return {"valid": False if reasons else None, "invalid_reasons": "; ".join(reasons or found.reasons)}
 
 
 def _deployment(run: RunData, manifest: Json) -> Json:
