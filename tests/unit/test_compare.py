@@ -86,6 +86,37 @@ def test_a_run_beside_itself_shows_no_difference(tmp_path: Path, capsys: pytest.
     assert "To see 5 % in output_throughput_per_gpu, it takes" in said
 
 
+def deployed(folder: Path, **said: Any) -> Path:
+    """A run whose plan says this, which nobody judged."""
+    made = good(concurrency=(4,))
+    made.plan |= said
+    made.write(folder)
+    return folder
+
+
+NO_GPU = "no GPU was used, these figures say nothing about hardware"
+
+
+def test_it_is_said_when_no_gpu_made_the_figures_or_a_model_is_not_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, cut = deployed(tmp_path / "r"), deployed(tmp_path / "cut", truncated="2 of 36 layers")
+    emulated, other = (deployed(tmp_path / name, emulated=True) for name in ("e", "f"))
+    cpu = deployed(tmp_path / "c", on_cpu=True)
+    assert not any(NO_GPU in remark for remark in answer(capsys, real, cut)["remarks"])
+    assert f"the engine was emulated: {NO_GPU}" in answer(capsys, emulated, other)["remarks"]
+    assert main(["compare", str(emulated), str(other)]) == 0
+    assert f"note: the engine was emulated: {NO_GPU}" in capsys.readouterr().out
+    said = answer(capsys, real, cpu)["remarks"]
+    assert f"the engine ran on a CPU (B): {NO_GPU}" in said
+    assert "one side ran on a CPU: this is no comparison of like with like" in said
+    said = answer(capsys, cut, real)["remarks"]
+    assert "the model is not whole (A): 2 of 36 layers" in said
+    assert any(remark.startswith("the model is not as whole on one side") for remark in said)
+    assert main(["compare", str(emulated), "--plan"]) == 0
+    assert f"note: the engine was emulated: {NO_GPU}" in capsys.readouterr().out
+
+
 RATE = {"concurrency": None, "request_rate": 4.0}
 TRACE = {"concurrency": None, "trace": "t.jsonl", "isl": None, "osl": None}
 

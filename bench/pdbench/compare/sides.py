@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pdbench import engines
 from pdbench.compare import within
 from pdbench.compare.judge import ENOUGH, FIGURES, Run
 from pdbench.gate.rundata import SUMMARY, NotARun, summary_points
@@ -230,6 +231,17 @@ def limits(rows: pd.DataFrame) -> set[str]:
         for folder, point in zip(rows["folder"], rows["point"], strict=True)
         if folder
     }
+
+
+def cautions(rows: pd.DataFrame, whose: str = "") -> list[str]:
+    """Return that no GPU made figures of these rows, or that their model is not whole; ``whose`` says which rows they are."""
+    found = [
+        caution
+        for name, why in (("emulated", engines.no_gpu(True, False)), ("on_cpu", engines.no_gpu(False, True)))
+        if rows[name].eq(True).any()
+        for caution in engines.cautions(why, "", whose)
+    ]
+    return found + [text for cut in sorted({*rows["truncated"]} - {""}) for text in engines.cautions("", str(cut), whose)]
 
 
 def gpus_known(rows: Sequence[pd.DataFrame]) -> bool:

@@ -31,7 +31,8 @@ class Bounds:
 class Setup:
     """What a run's figures depend on beside its records; it is kept in run.json, for `--recover`.
 
-    ``verify_outputs``: prompts a pair whose answers are verified before the first point, 0 for none.
+    ``verify_outputs``: prompts a pair whose answers are verified before the first point, 0 for none. ``no_gpu``, ``truncated``:
+    as the plan says (`pdbench.evidence.Deployment`).
     """
 
     api: str
@@ -42,6 +43,8 @@ class Setup:
     slo: Slo
     bounds: Bounds
     verify_outputs: int = 0
+    no_gpu: str = ""
+    truncated: str = ""
 
 
 def point_summary(
@@ -107,6 +110,8 @@ def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str], 
         "gpus": setup.gpus,
         "api": setup.api,
         "prompt": setup.prompt,
+        "no_gpu": setup.no_gpu,
+        "truncated": setup.truncated,
         "valid": not reasons,
         "invalid_reasons": reasons,
         "points": list(points),

@@ -46,10 +46,10 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(_FLOATS, "float64"),
     **{f"{metric}_{statistic}": "float64" for metric in LATENCIES for statistic in STATISTICS},
     **{"goodput": "float64", "begin": "datetime64[us, UTC]", "source": "str", "variables": "str"},
-    **{"asked": "str"},
+    **{"asked": "str", "on_cpu": "boolean", "truncated": "str"},
 }
 #: columns that tables of older checkouts lack
-_ADDED = ("asked",)
+_ADDED = ("asked", "on_cpu", "truncated")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -237,6 +237,8 @@ def _deployment(run: RunData, manifest: Json) -> Json:
         "router": router.get("name"),
         "router_policy": manifest.get("router_policy") or _after(router.get("argv") or [], "--policy"),
         "emulated": run.emulated if plan else None,
+        "on_cpu": plan.get("on_cpu") is True if plan else None,
+        "truncated": run.truncated,
     }
 
 
