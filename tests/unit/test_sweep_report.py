@@ -341,6 +341,12 @@ def test_lines_are_the_figures_of_the_table() -> None:
         plt.close(figure)
 
 
+def test_the_frontier_says_that_its_rate_per_user_has_the_wait_in_it() -> None:
+    figure = lines.pareto_user(of([row("1p1d", 10.0), row("2agg", 20.0)]), LIGHT)
+    assert {ax.get_xlabel() for ax in figure.axes} == {"output tokens/s per user, TTFT included (mean of n / E2E)"}
+    plt.close(figure)
+
+
 def test_ttft_against_prompt_length_has_a_line_an_output_length() -> None:
     rows = [
         row("1p1d", 10.0, concurrency=size, isl=isl, osl=osl, ttft_ms_p50=isl / 8 + osl + size)
