@@ -155,6 +155,18 @@ def test_repeats_of_drawn_lengths_are_one_load_whatever_their_means(tmp_path: Pa
     assert (one["runs"], one["load"]) == ([3, 3], "concurrency 4, lognormal:64:0.4 in, 6 out, 24 requests")
 
 
+def test_a_table_that_does_not_say_what_was_asked_for_is_the_load_like_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an import; where two loads are like it, it is neither."""
+    ours, other = asked(tmp_path / "a"), asked(tmp_path / "b", api="chat", batch=True)
+    tidy.read_runs([ours]).drop(columns="asked").to_csv(tmp_path / "theirs.csv", index=False)
+    (one,) = answer(capsys, ours, tmp_path / "theirs.csv")["comparisons"]
+    assert one["load"] == "concurrency 4, 64 in, 6 out, 24 requests"
+    assert main(["compare", f"{ours},{other}", str(tmp_path / "theirs.csv")]) == 2
+    assert "no load is on both sides" in capsys.readouterr().err
+
+
 def test_what_arrives_in_a_time_is_drawn_and_no_other_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (
         asked(tmp_path / name, concurrency=None, request_rate=4.0, duration=60.0, num_requests=count)
