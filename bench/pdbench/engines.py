@@ -251,3 +251,14 @@ def engine_of(samples: Collection[str]) -> Engine | None:
         if any(name.startswith(prefix) for name in samples):
             return facts
     return None
+
+
+def no_gpu(emulated: bool, on_cpu: bool) -> str:
+    """Say why no GPU took part, "" where GPUs did."""
+    return "the engine was emulated" if emulated else "the engine ran on a CPU" if on_cpu else ""
+
+
+def cautions(why_no_gpu: str, truncated: str, whose: str = "") -> list[str]:
+    """Return what every output says of figures that no GPU made, or a model that is not whole; ``whose``: such as " (A)"."""
+    found = [f"{why_no_gpu}{whose}: no GPU was used, these figures say nothing about hardware"] if why_no_gpu else []
+    return [*found, f"the model is not whole{whose}: {truncated}"] if truncated else found

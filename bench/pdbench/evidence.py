@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from pdbench import shapes
-from pdbench.engines import Engine, engine
+from pdbench.engines import Engine, engine, no_gpu
 from pdbench.hostmetrics import Gpus, host_samples
 from pdbench.load.errors import LoadError
 from pdbench.reading import json_of
@@ -62,7 +62,8 @@ class Pair:
 class Deployment:
     """What a plan says of where servers listen: names to URLs; ``gpus`` counts every GPU, each once.
 
-    ``router_ca``: certificates (PEM) that vouch for a router that speaks TLS.
+    ``router_ca``: certificates (PEM) that vouch for a router that speaks TLS. ``no_gpu``: why no GPU takes part, ``truncated``:
+    what makes the model another one than its name says; "" where it is not so.
     """
 
     ratio: str
@@ -73,6 +74,8 @@ class Deployment:
     workers: Mapping[str, str]
     pairs: tuple[Pair, ...] = ()
     router_ca: str = ""
+    no_gpu: str = ""
+    truncated: str = ""
 
 
 def read_plan(path: Path) -> Deployment:
@@ -95,6 +98,8 @@ def read_plan(path: Path) -> Deployment:
             router_metrics_url=str(plan["router"].get("metrics_url") or ""),
             router_ca=router_ca,
             workers={name: str(worker["url"]).rstrip("/") for name, worker in by_name.items()},
+            no_gpu=no_gpu(bool(plan.get("emulated")), bool(plan.get("on_cpu"))),
+            truncated=str(plan.get("truncated") or ""),
             pairs=tuple(_pair(by_name, pair["prefill"], pair["decode"]) for pair in plan.get("pairs") or []),
         )
     except OSError as why:

@@ -23,7 +23,7 @@ from pdbench.records import Record, read_parquet, write_json
 from pdbench.run.folder import Folder, read_setup
 from pdbench.run.share import SHARE
 from pdbench.run.summary import Json, Setup, output_of
-from pdbench.run.table import render
+from pdbench.run.table import ending
 from pdbench.run.watch import UNKNOWN
 from pdbench.verbs import ends_by_code
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     except OSError as why:
         print(f"pdbench merge: cannot write in {args.output}: {why.strerror or why}", file=sys.stderr)
         return 1
-    print(render(cast(list[Json], summary["points"]), cast(list[Json], summary["not_run"])))
+    print(ending(summary))
     for reason in cast(list[str], summary["invalid_reasons"]):
         print(f"pdbench: invalid: {reason}", file=sys.stderr)
     return 0 if summary["valid"] else 3

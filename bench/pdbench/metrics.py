@@ -133,10 +133,18 @@ def normalised_s(record: Record) -> float | None:
 def user_rate(record: Record) -> float | None:
     """Tokens per second per user: 1 / TPOT, what one reader sees once the first token is there; None for n < 2.
 
-    It is the x-axis of InferenceX's Pareto plots (``intvty``); beside it stands tokens/s/GPU.
+    It is the x-axis of InferenceX's Pareto plots (``intvty``), and not of a sweep's report, which has the wait in it, too.
     """
     tpot = tpot_s(record)
     return 1 / tpot if tpot else None
+
+
+def request_rate(record: Record) -> float | None:
+    """Tokens per second per user with the wait for the first token in it: n / E2E; None for a request that took no time.
+
+    It is the x-axis of the Pareto plot in a sweep's report: a configuration whose prompts queue gains nothing there.
+    """
+    return output_tokens(record) / e2e_s(record) if e2e_s(record) > 0 else None
 
 
 def goodput(records: Sequence[Record], slo: Slo, duration_s: float, gpus: int | None = None) -> dict[str, object] | None:
@@ -216,7 +224,7 @@ _BY_REQUEST: dict[str, tuple[Callable[[Record], float | None], Callable[[Record]
     "normalised_latency_ms": (lambda r: _ms(normalised_s(r)), lambda r: r.end_s),
     "ttft_scheduled_ms": (lambda r: _ms(r.first_s - r.scheduled_s), lambda r: r.first_s),
     "e2e_scheduled_ms": (lambda r: _ms(r.end_s - r.scheduled_s), lambda r: r.end_s),
-    "request_output_throughput": (lambda r: output_tokens(r) / e2e_s(r) if e2e_s(r) > 0 else None, lambda r: r.end_s),
+    "request_output_throughput": (request_rate, lambda r: r.end_s),
     "output_throughput_per_user": (user_rate, lambda r: r.end_s),
 }
 METRICS = (*_BY_REQUEST, "itl_ms", "itl_token_ms")

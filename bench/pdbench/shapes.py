@@ -35,7 +35,15 @@ _POINT: dict[str, Any] = {
     "notes": [str],
     **dict.fromkeys(("ratio", "ended_early"), str),
 }
-SUMMARY: dict[str, Any] = {**_POINT, "points": [_POINT], "not_run": [dict], "api": str, "valid": bool}
+SUMMARY: dict[str, Any] = {
+    **_POINT,
+    "points": [_POINT],
+    "not_run": [dict],
+    "api": str,
+    "no_gpu": str,
+    "truncated": str,
+    "valid": bool,
+}
 _RANK = {"host!": str, "gpus!": [int], "unit": str, "argv": [str], "env": dict, "port": int, "bootstrap_port": int}
 PLAN: dict[str, Any] = {
     "workers!": [{"name!": str, "role": str, "url!": str, "ranks!": [_RANK]}],
@@ -62,6 +70,7 @@ PROGRESS: dict[str, Any] = {**dict.fromkeys(("point", "points", "done", "total",
 #: run.json
 SETUP: dict[str, Any] = {
     **{"schema!": int, "api!": str, "prompt!": str, "points!": [_LOADS], "ratio": str, "gpus": int, "verify_outputs": int},
+    **{"no_gpu": str, "truncated": str},
     "slo!": _STATS,
     "bounds!": _STATS,
 }

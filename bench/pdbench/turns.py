@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pdbench.metrics import e2e_s, input_tokens, output_tokens, stats, tpot_s, ttft_s
+from pdbench.metrics import e2e_s, input_tokens, output_tokens, request_rate, stats, tpot_s, ttft_s
 from pdbench.records import NOT_REPORTED, Record
 
 
@@ -15,7 +15,7 @@ def by_turn(records: Sequence[Record]) -> list[dict[str, object]] | None:
     ``completed`` and ``failed`` count requests; ``prompt_tokens`` and ``cached_tokens`` are means (None: not reported), and
     so is ``kv_tokens``: prompt + output tokens, which is what the KV cache of the worker that decodes holds of the
     conversation when the turn ends;
-    ``ttft_ms``, ``tpot_ms`` are distributions; ``output_throughput_per_user`` is the mean of output tokens / E2E, tokens/s;
+    ``ttft_ms``, ``tpot_ms`` are distributions; ``request_output_throughput`` is the mean of output tokens / E2E, tokens/s;
     ``cumulative_latency_ms`` is the distribution of the sum of E2E over a conversation's turns so far, thinking left out,
     over the conversations in which all of them were answered.
     """
@@ -40,7 +40,7 @@ def by_turn(records: Sequence[Record]) -> list[dict[str, object]] | None:
                 "cached_tokens": _mean([r.cached_tokens for r in good if r.cached_tokens != NOT_REPORTED]),
                 "ttft_ms": stats(1000 * ttft_s(record) for record in good),
                 "tpot_ms": stats(1000 * pace for pace in paces),
-                "output_throughput_per_user": _mean([output_tokens(r) / e2e_s(r) for r in good if e2e_s(r) > 0]),
+                "request_output_throughput": _mean([rate for record in good if (rate := request_rate(record)) is not None]),
                 "cumulative_latency_ms": stats(1000 * sum(e2e_s(talk[k]) for k in range(1, turn + 1)) for talk in whole),
             }
         )

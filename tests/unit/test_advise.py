@@ -297,11 +297,11 @@ def test_profiles_are_fitted_to_runs_and_to_the_way_of_those_that_moved_caches(m
 
 
 def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = measured(H200, loads=(4,), repeats=1).drop(columns=["folder", "side"])
+    rows = measured(H200, loads=(4,), repeats=1).drop(columns=["folder", "side"]).assign(emulated=True)
     # what a published table has: not every column
-    rows[["ratio", "gpus", "transfer_backend", "concurrency", "isl", "osl", "valid", "completed", *check.FIGURES]].to_csv(
-        tmp_path / "t.csv", index=False
-    )
+    rows[
+        ["ratio", "gpus", "transfer_backend", "concurrency", "isl", "osl", "valid", "completed", "emulated", *check.FIGURES]
+    ].to_csv(tmp_path / "t.csv", index=False)
     args = [
         "--check",
         str(tmp_path / "t.csv"),
@@ -313,8 +313,13 @@ def test_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         str(tmp_path / "out"),
     ]
     assert cli.main(args) == 0
-    assert "mean absolute error of throughput: 0.0% (4 cells)" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "check.json").read_text())["throughput_error"] == pytest.approx(0, abs=1e-6)
+    said = capsys.readouterr().out
+    assert "mean absolute error of throughput: 0.0% (4 cells)" in said
+    emulated = "the engine was emulated: no GPU was used, these figures say nothing about hardware"
+    assert f"note: {emulated}" in said
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert found["throughput_error"] == pytest.approx(0, abs=1e-6)
+    assert found["notes"] == [emulated]
 
 
 @pytest.mark.parametrize(

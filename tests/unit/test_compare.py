@@ -17,6 +17,7 @@ from pdbench.cli import main
 from pdbench.compare import student
 from pdbench.compare.judge import FIGURES, Run, correct, judge
 from pdbench.metrics import Slo
+from pdbench.sweep import tidy
 
 Json = dict[str, Any]
 
@@ -40,6 +41,15 @@ def run(
         r.chunk_s = [t * slow for t in r.chunk_s]
     made.write(folder)
     assert main(["gate", str(folder)]) == 0
+    return folder
+
+
+def asked(folder: Path, prompt_tokens: int = 64, **said: Any) -> Path:
+    """A run that nobody judged, whose summary says that this was asked for."""
+    good(concurrency=(4,), isl=prompt_tokens).write(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["points"] = [{**point, **said} for point in summary["points"]]
+    (folder / "summary.json").write_text(json.dumps({**summary, **said}))
     return folder
 
 
@@ -74,6 +84,112 @@ def test_a_run_beside_itself_shows_no_difference(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "No difference shown: what differs here can be noise." in said
     assert "To see 5 % in output_throughput_per_gpu, it takes" in said
+
+
+def deployed(folder: Path, **said: Any) -> Path:
+    """A run whose plan says this, which nobody judged."""
+    made = good(concurrency=(4,))
+    made.plan |= said
+    made.write(folder)
+    return folder
+
+
+NO_GPU = "no GPU was used, these figures say nothing about hardware"
+
+
+def test_it_is_said_when_no_gpu_made_the_figures_or_a_model_is_not_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, cut = deployed(tmp_path / "r"), deployed(tmp_path / "cut", truncated="2 of 36 layers")
+    emulated, other = (deployed(tmp_path / name, emulated=True) for name in ("e", "f"))
+    cpu = deployed(tmp_path / "c", on_cpu=True)
+    assert not any(NO_GPU in remark for remark in answer(capsys, real, cut)["remarks"])
+    assert f"the engine was emulated: {NO_GPU}" in answer(capsys, emulated, other)["remarks"]
+    assert main(["compare", str(emulated), str(other)]) == 0
+    assert f"note: the engine was emulated: {NO_GPU}" in capsys.readouterr().out
+    said = answer(capsys, real, cpu)["remarks"]
+    assert f"the engine ran on a CPU (B): {NO_GPU}" in said
+    assert "one side ran on a CPU: this is no comparison of like with like" in said
+    said = answer(capsys, cut, real)["remarks"]
+    assert "the model is not whole (A): 2 of 36 layers" in said
+    assert any(remark.startswith("the model is not as whole on one side") for remark in said)
+    assert main(["compare", str(emulated), "--plan"]) == 0
+    assert f"note: the engine was emulated: {NO_GPU}" in capsys.readouterr().out
+
+
+RATE = {"concurrency": None, "request_rate": 4.0}
+TRACE = {"concurrency": None, "trace": "t.jsonl", "isl": None, "osl": None}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({**RATE, "arrival": "constant"}, {**RATE, "arrival": "gamma:0.1"}, "arrival gamma:0.1"),
+        ({**RATE, "arrival": "poisson"}, {**RATE, "arrival": "poisson", "request_rate_to": 8.0}, "request rate to 8.0"),
+        ({**TRACE, "time_scale": 1.0}, {**TRACE, "time_scale": 0.25}, "time scale 0.25"),
+        ({**TRACE, "time_scale": 1.0}, {**TRACE, "time_scale": 1.0, "trace": "u.jsonl"}, "trace u.jsonl"),
+        ({}, {"batch": True}, "all at once"),
+        ({}, {"num_requests": 25}, "25 requests"),
+        ({}, {"prefix_len": 32, "prefix_groups": 2}, "prefix len 32, prefix groups 2"),
+        ({}, {"conversation": {"turns": "2-6"}}, 'conversation {"turns": "2-6"}'),
+        ({}, {"api": "chat"}, "api chat"),
+    ],
+)
+def test_what_is_sent_in_another_way_is_another_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one: Json, other: Json, told: str
+) -> None:
+    a, b = asked(tmp_path / "a", **one), asked(tmp_path / "b", **other)
+    assert main(["compare", str(a), str(b)]) == 2
+    said = capsys.readouterr().err
+    assert "no load is on both sides" in said
+    assert told in said.split("only B has")[1]
+
+
+def test_repeats_of_drawn_lengths_are_one_load_whatever_their_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    means = {1: 60, 2: 64, 3: 70}
+    a, b = (
+        ",".join(str(asked(tmp_path / f"{side}{n}", mean, isl="lognormal:64:0.4", seed=n)) for n, mean in means.items())
+        for side in "ab"
+    )
+    (one,) = answer(capsys, a, b)["comparisons"]
+    assert (one["runs"], one["load"]) == ([3, 3], "concurrency 4, lognormal:64:0.4 in, 6 out, 24 requests")
+
+
+def test_a_table_that_does_not_say_what_was_asked_for_is_the_load_like_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an import; where two loads are like it, it is neither."""
+    ours, other = asked(tmp_path / "a"), asked(tmp_path / "b", api="chat", batch=True)
+    tidy.read_runs([ours]).drop(columns="asked").to_csv(tmp_path / "theirs.csv", index=False)
+    (one,) = answer(capsys, ours, tmp_path / "theirs.csv")["comparisons"]
+    assert one["load"] == "concurrency 4, 64 in, 6 out, 24 requests"
+    assert main(["compare", f"{ours},{other}", str(tmp_path / "theirs.csv")]) == 2
+    assert "no load is on both sides" in capsys.readouterr().err
+
+
+def test_what_arrives_in_a_time_is_drawn_and_no_other_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (
+        asked(tmp_path / name, concurrency=None, request_rate=4.0, duration=60.0, num_requests=count)
+        for name, count in (("a", 240), ("b", 251))
+    )
+    assert answer(capsys, a, b)["comparisons"][0]["load"] == "4 req/s, 64 in, 6 out, duration 60.0"
+
+
+def test_runs_of_another_arrival_are_no_repeats_of_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep over bench_arrival, in a table of an older checkout, too."""
+    folder, cells = tmp_path / "s", [(ratio, way) for ratio in ("4agg", "3p1d") for way in ("constant", "gamma:0.1")]
+    listed = []
+    for ratio, way in cells:
+        name = f"{ratio}-{way.partition(':')[0]}"
+        listed.append({"id": name, "variables": {"ratio": ratio, "bench_arrival": way}, "deploy": {}, "load": {}})
+        for n in (1, 2, 3):
+            made = good(concurrency=(4,), ratio=ratio)
+            made.asked = [{**entry, **RATE, "arrival": way, "seed": n} for entry in made.asked]
+            made.write(folder / f"runs/{name}/r{n}a1")
+    (folder / "sweep.json").write_text(json.dumps({"schema": 1, "name": "s", "cells": listed, "order": []}))
+    tidy.read(folder).drop(columns="asked").to_csv(tmp_path / "old.csv", index=False)
+    for side in (folder, tmp_path / "old.csv"):
+        assert [c["runs"] for c in answer(capsys, side)["comparisons"]] == [[3, 3], [3, 3]]
 
 
 def test_a_run_half_as_fast_is_worse_in_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +239,7 @@ def test_a_sweep_is_compared_with_its_aggregated_baseline_at_the_same_load(
         ("4agg, 4 GPUs", "3p1d, 4 GPUs", "concurrency 8"),
     ]
     assert shown(found)["e2e_ms_mean"] == shown(found, 1)["e2e_ms_mean"] == "A"
-    assert "no aggregated baseline on 2 GPUs for 1p1d, 2 GPUs at concurrency 4, 64 in, 6 out" in found["remarks"]
+    assert "no aggregated baseline on 2 GPUs for 1p1d, 2 GPUs at concurrency 4, 64 in, 6 out, 24 requests" in found["remarks"]
     assert found["family"] == 16
 
 

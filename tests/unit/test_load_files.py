@@ -17,6 +17,7 @@ from pdbench.load.tokenizer import Tokenizer
 from pdbench.run.load_options import Parser, add_arguments, with_load_file
 from pdbench.run.load_points import Loads, build
 from pdbench.run.table import load_name
+from pdbench.sweep import asked
 
 TRACE = Path(__file__).resolve().parents[1] / "data" / "mooncake_excerpt.jsonl"
 SHAREGPT = [
@@ -174,6 +175,9 @@ def test_stages_are_load_points_with_the_same_requests(tmp_path: Path) -> None:
     lengths = [[(r.isl, r.osl) for r in p.measured()] for p in sent.loads]
     assert all(found == lengths[0][: len(found)] for found in lengths)
     assert [d["num_requests"] for d in sent.described] == [40, 40, 40, 16, 5]
+    # Whatever is written of a load tells it from others: in the tidy table's "asked", or in columns of their own.
+    columns = {"concurrency", "request_rate", "seed", "duration_s"}
+    assert set(sent.described[0]) - columns == set(asked.POINT)
     assert [d["batch"] for d in sent.described] == [False, False, False, True, False]
     assert [load_name(d) for d in sent.described] == ["c=4", "8 req/s", "2-6 req/s", "c=16", "c=2"]
     assert sent.loads[2].measured()[-1].due_s < 10  # type: ignore[operator]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pdbench.metrics import Slo
 from pdbench.records import Record
 from pdbench.run.summary import Bounds, Setup, point_summary, whole_summary
-from pdbench.run.table import render
+from pdbench.run.table import ending, render
 from pdbench.run.watch import UNKNOWN, Span, Watch, brief, delivered_closed, delivered_open
 
 CALM: dict[str, Any] = {
@@ -225,3 +225,13 @@ def test_the_report_of_the_client_has_its_keys_also_when_nothing_is_known() -> N
     assert found["send_lateness_ms"] == {"p50": 2.0, "p99": 2.0, "max": 2.0}
     assert (found["tokens_per_event"], found["events_per_read"]) == (1.0, 2.0)
     assert brief([]) == {"p50": None, "p99": None, "max": None}
+
+
+def test_a_run_ends_with_the_word_that_no_gpu_made_its_figures() -> None:
+    said = setup(no_gpu="the engine was emulated", truncated="2 of 36 layers")
+    s = whole_summary(said, [point_summary(said, 0, [record(0)], CALM)], [])
+    assert (s["no_gpu"], s["truncated"]) == ("the engine was emulated", "2 of 36 layers")
+    told = ending(s).splitlines()[-2:]
+    assert told[0] == "the engine was emulated: no GPU was used, these figures say nothing about hardware"
+    assert told[1] == "the model is not whole: 2 of 36 layers"
+    assert "GPU was used" not in ending(whole_summary(setup(), [point_summary(setup(), 0, [record(0)], CALM)], []))

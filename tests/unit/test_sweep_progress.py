@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 
 from pdbench.sweep import estimate
 from pdbench.sweep.drive import Ended
 from pdbench.sweep.grid import Cell
+from pdbench.sweep.journal import Journal
 from pdbench.sweep.order import Cost
 from pdbench.sweep.progress import Progress
+from pdbench.sweep.table import load_words, results
 from pdlib import settings
 
 
@@ -85,3 +89,42 @@ def test_loads_take_longer_with_more_tokens_and_deploys_that_start_nothing_are_s
     assert estimate.deploy_s(Cost(), False) == 0
     assert estimate.deploy_s(Cost(deploys=1), False) == estimate.DEPLOY_S
     assert estimate.deploy_s(Cost(3, 1, 1, 1), False) > estimate.deploy_s(Cost(3, 1, 0, 1), False)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"bench_concurrency": [1, 4]}, "512/64 x 1,4"),
+        ({"bench_batch": [8, 32]}, "512/64 x 8 at once,32 at once"),
+        ({"bench_request_rate": [0.5, 4.0]}, "512/64 at 0.5,4/s"),
+        ({"bench_trace": "traces/t.jsonl", "bench_time_scale": 0.25}, "t.jsonl at its own times x 0.25"),
+        ({"bench_load": {"stages": [{"concurrency": 8}, {"request_rate": 2}], "isl": 99}}, "99/64 x 8,2/s"),
+    ],
+)
+def test_a_load_is_told_as_it_is_paced(said: dict[str, object], words: str) -> None:
+    lengths = {"bench_input_len": "512", "bench_output_len": "64", "bench_num_requests": 100}
+    assert load_words({**settings.cluster_settings({"h": settings.host_settings("h", {}, {})}), **lengths, **said}) == words
+
+
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        ({"concurrency": 32}, "32 in flight"),
+        ({"concurrency": 32, "batch": True}, "32 at once"),
+        ({"request_rate": 2.0, "request_rate_to": 6.0}, "2-6/s"),
+        ({"time_scale": 0.25}, "its own times x 0.25"),
+        ({}, "point 0"),
+    ],
+)
+def test_what_was_measured_is_told_by_its_own_pace(tmp_path: Path, point: dict[str, object], said: str) -> None:
+    """The variables of the run may say another: bench_concurrency has a value whatever else is given."""
+    run = tmp_path / "runs/a/r1a1"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps({"points": [{**point, "output_throughput": 8.0}]}))
+    (run / "plan.json").write_text(json.dumps({"ratio": "1p1d", "workers": []}))
+    (run / "manifest.json").write_text(json.dumps({"bench_concurrency": [4]}))
+    journal = Journal(tmp_path)
+    journal.write("finished", cell="a", repeat=1, attempt=1, run="runs/a/r1a1")
+    text, good = results(tmp_path, [cell("a")], 1, journal)
+    assert good
+    assert said in text

@@ -217,6 +217,35 @@ def test_lengths_that_were_drawn_are_one_load_over_seeds() -> None:
     assert len(table([row("1p1d", 1.0, isl=length) for length in (500.0, 512.0)]).loads) == 2
 
 
+def asked(**said: object) -> str:
+    return json.dumps({"isl": "512", "osl": "64", "num_requests": 100, "api": "chat", "prompt": "text", **said})
+
+
+def test_lengths_are_one_load_as_they_were_spelled() -> None:
+    """Means of drawn ones are whole numbers at times, and close to those of another distribution at others."""
+    one, other = asked(isl="normal:1000:50"), asked(isl="normal:1090:50")
+    drawn = [row("1p1d", 1.0, n, isl=isl, asked=one) for n, isl in enumerate((1000.3, 1000.0, 999.6, 1060.0))]
+    made = table([*drawn, row("1p1d", 1.0, isl=1088.2, asked=other)])
+    assert [len(cell.rows) for cell in made.cells] == [4, 1]
+    assert [made.load_label(load) for load in made.loads] == [
+        "concurrency 8, 1000 in / 64 out, prompts normal:1000:50",
+        "concurrency 8, 1100 in / 64 out, prompts normal:1090:50",
+    ]
+
+
+def test_what_differs_beside_pace_and_lengths_is_another_load_and_told() -> None:
+    made = table([row("1p1d", 1.0, n, asked=asked(num_requests=count)) for count in (100, 200) for n in (1, 2)])
+    assert [len(cell.rows) for cell in made.cells] == [2, 2]
+    assert [load.other for load in made.loads] == ["100 requests", "200 requests"]
+    made = table([row("1p1d", 1.0, asked=asked(**said)) for said in ({}, {"arrival": "constant"}, {"api": "completions"})])
+    assert [load.other for load in made.loads] == ["api chat", "api completions", "arrival constant, api chat"]
+    (load,) = table([row("1p1d", 1.0, asked=asked())]).loads
+    assert load.other == ""
+    swept = '{"bench_warmup": 3, "bench_arrival": "constant"}'
+    (load,) = table([row("1p1d", 1.0, variables=swept, asked=asked(arrival="constant"))]).loads
+    assert load.other == "arrival constant, warmup 3"
+
+
 def test_a_failed_run_belongs_to_its_cell_and_one_without_a_load_is_named() -> None:
     bad = row("", 0.0, 2, cell="1p1d", valid=False, gpus=None, engine=None, invalid_reasons="died")
     made = table([row("1p1d", 10.0), bad])
@@ -310,6 +339,12 @@ def test_lines_are_the_figures_of_the_table() -> None:
             for length in (256.0, 512.0)
         }
         plt.close(figure)
+
+
+def test_the_frontier_says_that_its_rate_per_user_has_the_wait_in_it() -> None:
+    figure = lines.pareto_user(of([row("1p1d", 10.0), row("2agg", 20.0)]), LIGHT)
+    assert {ax.get_xlabel() for ax in figure.axes} == {"output tokens/s per user, TTFT included (mean of n / E2E)"}
+    plt.close(figure)
 
 
 def test_ttft_against_prompt_length_has_a_line_an_output_length() -> None:

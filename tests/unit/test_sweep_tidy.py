@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.gate_faults import fail_a_request
 from unit.runfolder import good
 
 from pdbench.cli import main
@@ -82,6 +83,20 @@ def test_a_failed_check_makes_its_load_point_invalid_and_one_of_the_run_all(tmp_
     verdict["checks"][-1]["point"] = None
     path.write_text(json.dumps({**verdict, "valid": False}))
     assert not tidy.read_runs([folder])["valid"].any()
+
+
+def test_requests_that_may_fail_leave_a_point_valid_and_are_noted(tmp_path: Path) -> None:
+    made = good(concurrency=(4,))
+    fail_a_request(made)
+    made.manifest["bench_max_error_rate"] = 0.05
+    made.write(tmp_path / "r")
+    (row,) = tidy.read_runs([tmp_path / "r"]).to_dict("records")
+    assert row["valid"] is False
+    assert "1 of 24 requests failed" in row["invalid_reasons"]
+    assert main(["gate", str(tmp_path / "r")]) == 0
+    (row,) = tidy.read_runs([tmp_path / "r"]).to_dict("records")
+    assert (row["valid"], row["invalid_reasons"]) == (True, "")
+    assert "1 failed request is in no percentile" in row["notes"]
 
 
 def test_nobody_judged_is_neither_valid_nor_invalid(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def read(text: str) -> tuple[pd.DataFrame, list[str]]:
     kept = rows[np.array(used, dtype=bool)].reset_index(drop=True)
     if kept.empty:
         raise NotARun(f"{text} has no valid load point")
-    return kept, notes
+    return kept, [*notes, *sides.cautions(kept)]
 
 
 def _usable(row: Row) -> bool:
@@ -253,7 +253,7 @@ def words(found: Sequence[Checked], who: Winners | None) -> str:
     return "\n".join(text)
 
 
-def to_json(found: Sequence[Checked], who: Winners | None) -> Json:
+def to_json(found: Sequence[Checked], who: Winners | None, notes: Sequence[str] = ()) -> Json:
     """Return the same for programs."""
     free = [cell for cell in found if not cell.saturated]
     made = {
@@ -268,6 +268,7 @@ def to_json(found: Sequence[Checked], who: Winners | None) -> Json:
         ],
         "throughput_error": mean_error(found, THROUGHPUT),
         "ttft_p50_error": mean_error(free, TTFT) if free else None,
+        "notes": list(notes),
         "winners": {"all": [list(one) for one in who.all], "decided": [list(one) for one in who.decided]} if who else None,
     }  # fmt: skip
     return dict(_finite(made))

@@ -248,5 +248,5 @@ def _check(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"\n{check.words(found, who)}")
     if args.output is not None:
-        write_json(args.output / "check.json", check.to_json(found, who))
+        write_json(args.output / "check.json", check.to_json(found, who, notes))
     return 0

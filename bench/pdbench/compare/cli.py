@@ -109,11 +109,25 @@ def _judged(one: Match, figures: Sequence[str]) -> Verdict:
     if not sides.gpus_known([one.a, one.b]):
         wanted = [name for name in wanted if not name.endswith("_per_gpu")]
         remarks.append("nothing is compared per GPU: of some runs it is not known how many GPUs their deployment held")
-    for column, what in (("emulated", "one side ran on an emulated engine"), ("model", "the models differ")):
+    remarks += _cautions(one)
+    for column, what in (
+        ("emulated", "one side ran on an emulated engine"),
+        ("on_cpu", "one side ran on a CPU"),
+        ("truncated", "the model is not as whole on one side as on the other"),
+        ("model", "the models differ"),
+    ):
         if set(one.a[column].dropna()) != set(one.b[column].dropna()):
             remarks.append(f"{what}: this is no comparison of like with like")
     found = judge.judge(a, b, wanted)
     return replace(found, remarks=remarks)
+
+
+def _cautions(one: Match) -> list[str]:
+    """Return what makes figures say nothing of hardware, or of the model: of both sides, or of the one that it holds for."""
+    a, b = sides.cautions(one.a), sides.cautions(one.b)
+    if set(a) == set(b):
+        return a
+    return [*sides.cautions(one.a, " (A)"), *sides.cautions(one.b, " (B)")]
 
 
 def _requests(rows: pd.DataFrame) -> int:
@@ -129,12 +143,12 @@ def _pilot(side: sides.Side, figures: Sequence[str], effect: float, as_text: boo
     alone = [replace(run, seed=None) for run in sides.runs(rows, len(rows))]
     wanted = [name for name in figures or USUAL if any(math.isfinite(run.figures[name]) for run in alone)]
     found = [_halved(d, alone) for d in judge.judge(alone, alone, wanted).differences]
-    together = sum(d.p is not None for d in found)
+    together, remarks = sum(d.p is not None for d in found), sides.cautions(rows)
     needs = {d.figure: judge.recommend(d, together, effect) for d in found if d.p is not None}
     _print(
-        json.dumps({"schema": 1, "effect": effect, "requests": _requests(rows), "repeats": needs})
+        json.dumps({"schema": 1, "effect": effect, "requests": _requests(rows), "repeats": needs, "remarks": remarks})
         if as_text
-        else say.plan(side.name, needs, _requests(rows), effect, len(alone))
+        else "\n".join([say.plan(side.name, needs, _requests(rows), effect, len(alone)), *(f"note: {text}" for text in remarks)])
     )
     return 0
 

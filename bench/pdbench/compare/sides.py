@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pdbench import engines
 from pdbench.compare import within
 from pdbench.compare.judge import ENOUGH, FIGURES, Run
 from pdbench.gate.rundata import SUMMARY, NotARun, summary_points
 from pdbench.reading import json_of
+from pdbench.sweep import asked as asking
 from pdbench.sweep import tidy
 
 #: what makes a configuration, beside the variables that are no load
@@ -29,7 +31,7 @@ _SETUP = (
     *("transfer_backend", "router", "router_policy", "emulated"),
 )
 _LOAD = ("concurrency", "request_rate", "isl", "osl")
-#: mean lengths that differ by less are the same load: distributions are drawn anew for every seed
+#: mean lengths of rows that do not say what was asked for are the same load when they differ by less
 _ALIKE = 0.03
 
 
@@ -105,9 +107,7 @@ def keyed(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``side`` names the side of each row.
     """
-    lengths = {name: _together(rows[name]) for name in ("isl", "osl")}
-    plain = [_key(rows[name]) for name in ("concurrency", "request_rate")]
-    loads = list(zip(*plain, lengths["isl"], lengths["osl"], strict=True))
+    loads = _loads(rows)
     setups = [
         (*(_shown(row[name]) for name in _SETUP), json.dumps(own_variables(row["variables"]), sort_keys=True))
         for row in rows.to_dict("records")
@@ -119,6 +119,24 @@ def keyed(rows: pd.DataFrame) -> pd.DataFrame:
     nth = found.groupby(["side", "run", "cell", "repeat", "load"], sort=False, dropna=False).cumcount()
     found["load"] = pd.Series([(*load, n) for load, n in zip(loads, nth, strict=True)], index=rows.index, dtype=object)
     return found
+
+
+def _loads(rows: pd.DataFrame) -> list[tuple[object, ...]]:
+    """Return what was asked for; of rows that do not say it, the one load that is like theirs, else pace and mean lengths."""
+    paces = list(zip(*(_key(rows[name]) for name in ("concurrency", "request_rate")), strict=True))
+    lengths = zip(*(_together(rows[name]) for name in ("isl", "osl")), strict=True)
+    alike = [(*pace, *each) for pace, each in zip(paces, lengths, strict=True)]
+    others = [json.dumps(_others(row), sort_keys=True) for row in rows.to_dict("records")]
+    whole = [(*pace, asked, more) if asked else () for pace, asked, more in zip(paces, rows["asked"], others, strict=True)]
+    known = {key: {load for load, one in zip(whole, alike, strict=True) if load and one == key} for key in set(alike)}
+    return [
+        load or (next(iter(known[key])) if len(known[key]) == 1 else (*key, more))
+        for load, key, more in zip(whole, alike, others, strict=True)
+    ]
+
+
+def _others(row: Any) -> dict[str, Any]:
+    return asking.others(json_of(row["variables"] or "{}"), row["asked"])
 
 
 def own_variables(text: str) -> dict[str, Any]:
@@ -151,8 +169,12 @@ def load_in_words(row: Any) -> str:
         if pd.notna(row["request_rate"])
         else "a trace's own times"
     )
-    asked = [f"{row[name]:.0f} {way}" for name, way in (("isl", "in"), ("osl", "out")) if pd.notna(row[name])]
-    return f"{pace}, {', '.join(asked)}" if asked else pace
+    asked = asking.read(row["asked"])
+    sizes = {name: asked.get(name) or f"{row[name]:.0f}" for name in ("isl", "osl") if pd.notna(row[name]) or asked.get(name)}
+    said = [f"{sizes[name]} {way}" for name, way in (("isl", "in"), ("osl", "out")) if name in sizes]
+    said += asking.words(asked, ("num_requests",), ("isl", "osl"))
+    said += [f"{name.removeprefix('bench_')} {value}" for name, value in _others(row).items()]
+    return ", ".join([pace, *said])
 
 
 def setup_in_words(row: Any) -> str:
@@ -174,8 +196,8 @@ def _run(row: dict[Hashable, Any], few: bool, place: int) -> Run:
     if folder is not None:
         try:
             requests = within.read(folder, point, slo_of(folder, point)) if few else None
-            asked = requests.asked if requests is not None else within.asked(folder, point)
-            told = asked.tobytes() + _kind(folder).encode()
+            sent = requests.asked if requests is not None else within.asked(folder, point)
+            told = sent.tobytes() + str(row["asked"]).encode()
         except (OSError, ValueError):  # pyarrow's errors are ValueErrors
             requests = told = None
     figures = {name: _figure(row, name) for name in FIGURES}
@@ -202,15 +224,6 @@ def slo_of(folder: Path, point: int) -> dict[str, float]:
     return dict(found["slo"]) if isinstance(found, dict) else {}
 
 
-def _kind(folder: Path) -> str:
-    """Return what else prompts are made of, so that runs with other ones are no pair."""
-    summary = json_of((folder / SUMMARY).read_text(encoding="utf-8"))
-    first = summary_points(summary)[0]
-    return json.dumps(
-        [summary.get("prompt"), *(first.get(name) for name in ("trace", "shared_prefix", "dataset"))], sort_keys=True
-    )
-
-
 def limits(rows: pd.DataFrame) -> set[str]:
     """Return the goodput limits that the rows' runs had, as texts."""
     return {
@@ -218,6 +231,17 @@ def limits(rows: pd.DataFrame) -> set[str]:
         for folder, point in zip(rows["folder"], rows["point"], strict=True)
         if folder
     }
+
+
+def cautions(rows: pd.DataFrame, whose: str = "") -> list[str]:
+    """Return that no GPU made figures of these rows, or that their model is not whole; ``whose`` says which rows they are."""
+    found = [
+        caution
+        for name, why in (("emulated", engines.no_gpu(True, False)), ("on_cpu", engines.no_gpu(False, True)))
+        if rows[name].eq(True).any()
+        for caution in engines.cautions(why, "", whose)
+    ]
+    return found + [text for cut in sorted({*rows["truncated"]} - {""}) for text in engines.cautions("", str(cut), whose)]
 
 
 def gpus_known(rows: Sequence[pd.DataFrame]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pdbench import shapes
-from pdbench.engines import Engine, engine
+from pdbench.engines import Engine, engine, no_gpu
 from pdbench.reading import json_of
 from pdbench.records import MEASURE, Record, read_parquet
 from pdbench.run.summary import Bounds
@@ -122,9 +122,7 @@ class RunData:
     @property
     def no_gpu(self) -> str:
         """Say why no GPU took part, "" where GPUs did; what the plan calls a GPU is a slot then."""
-        if self.emulated:
-            return "the engine was emulated"
-        return "the engine ran on a CPU" if self.plan.get("on_cpu") is True else ""
+        return no_gpu(self.emulated, self.plan.get("on_cpu") is True)
 
     @property
     def truncated(self) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pdbench.engines import cautions
 from pdbench.gate.rundata import NotARun, RunData, load
 from pdbench.records import replacing
 from pdbench.report import words
@@ -18,7 +19,6 @@ from pdbench.verbs import ends_by_code
 REPORT = "report.html"
 #: what makes a folder a sweep's
 SWEEP = "sweep.json"
-_NO_GPU = "no GPU was used, these figures say nothing about hardware"
 
 
 @ends_by_code
@@ -45,8 +45,7 @@ def main(argv: list[str]) -> int:
 
 def _below(run: RunData) -> list[str]:
     """Return what stands below every figure: it may be shown without the page."""
-    lines = [f"{run.no_gpu}: {_NO_GPU}"] if run.no_gpu else []
-    return [*lines, f"the model is not whole: {run.truncated}"] if run.truncated else lines
+    return cautions(run.no_gpu, run.truncated)
 
 
 def make(folder: Path) -> Path:

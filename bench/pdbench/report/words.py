@@ -196,6 +196,7 @@ def definitions() -> list[tuple[str, Markup]]:
         ("E2E", metrics.e2e_s),
         ("E2E per token", metrics.normalised_s),
         ("Tokens/s per user", metrics.user_rate),
+        ("Tokens/s per user, incl. TTFT", metrics.request_rate),
         ("Output tokens", metrics.output_tokens),
         ("Duration", metrics.duration_s),
         ("Throughput", metrics.summarise),

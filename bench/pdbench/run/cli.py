@@ -24,7 +24,7 @@ from pdbench.run.load_points import build
 from pdbench.run.order import Plan
 from pdbench.run.session import CannotMeasureError, Session
 from pdbench.run.summary import Bounds, Setup
-from pdbench.run.table import render
+from pdbench.run.table import ending
 from pdbench.trust import trusting
 
 _EPILOG = f"""{load_options.HELP}
@@ -74,9 +74,7 @@ def _say(what: object, code: int) -> int:
 
 def _recover(path: Path) -> int:
     _, summary = recover(path)
-    points = summary["points"]
-    assert isinstance(points, list)
-    print(render(points))
+    print(ending(summary))
     return 3
 
 
@@ -180,6 +178,8 @@ def planned(args: argparse.Namespace) -> tuple[Plan, Folder]:
         slo=Slo(args.slo_ttft_ms, args.slo_tpot_ms, args.slo_e2e_ms),
         bounds=Bounds(args.max_loop_lag_ms, args.max_lateness_ms, args.min_delivered),
         verify_outputs=args.verify_outputs,
+        no_gpu=deployment.no_gpu if deployment else "",
+        truncated=deployment.truncated if deployment else "",
     )
     url = _url(args.url)
     if args.ca_file and not url.startswith("https:"):

@@ -219,6 +219,7 @@ def _described(args: argparse.Namespace, stage: _Stage, load: Load) -> dict[str,
         "arrival": load.arrival if load.rate is not None else None,
         "time_scale": load.replay,
         "duration_s": stage.duration,
+        "duration": stage.duration,  # the one of summary.json that was asked for: duration_s is what came of it
         "isl": str(load.isl) if load.isl else None,
         "osl": str(load.osl) if load.osl else None,
         "trace": args.trace.name if args.trace else None,

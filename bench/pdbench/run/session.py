@@ -32,7 +32,7 @@ from pdbench.run.point import OPEN_WARMUP_SLOTS, Part, run_point, until
 from pdbench.run.progress import Progress
 from pdbench.run.share import MeetError
 from pdbench.run.summary import Json, Setup, output_of
-from pdbench.run.table import load_name, render
+from pdbench.run.table import ending, load_name
 from pdbench.run.watch import Watch, delivered_closed, delivered_open
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class Session:
         summary = self._folder.finish(self._as_sent(), self._clients(), missing, self._not_run)
         self._progress.state = "done" if self._complete else "stopped"
         self._progress.write()
-        print(render(cast(list[Json], summary["points"]), cast(list[Json], summary["not_run"])))
+        print(ending(summary))
         for reason in cast(list[str], summary["invalid_reasons"]):
             print(f"pdbench: invalid: {reason}", file=sys.stderr)
         return _VALID if summary["valid"] else _INVALID

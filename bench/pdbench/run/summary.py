@@ -31,7 +31,8 @@ class Bounds:
 class Setup:
     """What a run's figures depend on beside its records; it is kept in run.json, for `--recover`.
 
-    ``verify_outputs``: prompts a pair whose answers are verified before the first point, 0 for none.
+    ``verify_outputs``: prompts a pair whose answers are verified before the first point, 0 for none. ``no_gpu``, ``truncated``:
+    as the plan says (`pdbench.evidence.Deployment`).
     """
 
     api: str
@@ -42,6 +43,8 @@ class Setup:
     slo: Slo
     bounds: Bounds
     verify_outputs: int = 0
+    no_gpu: str = ""
+    truncated: str = ""
 
 
 def point_summary(
@@ -72,7 +75,7 @@ def point_summary(
         "attribution": attribute(evidence or {}, [r for r in records if r.point == number]),
         "valid": not reasons,
         "invalid_reasons": reasons,
-        "notes": [*find_notes(client), *_saturated(saturation), *_uncounted(measured, client)],
+        "notes": [*_failed(measured), *find_notes(client), *_saturated(saturation), *_uncounted(measured, client)],
         "client": dict(client),
     }
 
@@ -107,6 +110,8 @@ def whole_summary(setup: Setup, points: Sequence[Json], missing: Sequence[str], 
         "gpus": setup.gpus,
         "api": setup.api,
         "prompt": setup.prompt,
+        "no_gpu": setup.no_gpu,
+        "truncated": setup.truncated,
         "valid": not reasons,
         "invalid_reasons": reasons,
         "points": list(points),
@@ -209,6 +214,11 @@ def find_notes(client: Mapping[str, object]) -> list[str]:
     if per_read is not None and per_read > 1.2:
         notes.append(f"one read holds {per_read:.1f} events on average: they came together, and ITL has gaps of 0 in it")
     return notes
+
+
+def _failed(measured: Sequence[Record]) -> list[str]:
+    failed = sum(not r.ok for r in measured)
+    return [f"{failed} failed request{' is' if failed == 1 else 's are'} in no percentile"] if failed else []
 
 
 def _saturated(saturation: Json | None) -> list[str]:

@@ -6,12 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from pdbench.attribution import in_words
+from pdbench.engines import cautions
 
 _LATENCIES = (("TTFT", "ttft_ms"), ("ITL", "itl_ms"), ("TPOT", "tpot_ms"), ("E2E", "e2e_ms"))
 
 
+def ending(summary: Mapping[str, object]) -> str:
+    """Return what a run ends with, from its summary: the table, and whether GPUs made these figures."""
+    points, not_run = (cast(Sequence[Mapping[str, object]], summary[key]) for key in ("points", "not_run"))
+    said = cautions(str(summary["no_gpu"]), str(summary["truncated"]))
+    return "\n\n".join([render(points, not_run), *(["\n".join(said)] if said else [])])
+
+
 def render(points: Sequence[Mapping[str, object]], not_run: Sequence[Mapping[str, object]] = ()) -> str:
-    """Return what a run ends with: throughputs and latencies of all requests, the steady window beside them, and notes."""
+    """Return throughputs and latencies of all requests, the steady window beside them, and notes."""
     parts = [_whole(points), _steady(points)]
     notes = [f"{load_name(p)}: {in_words(found)}" for p in points if isinstance(found := p.get("attribution"), Mapping)]
     notes += [f"note, {load_name(p)}: {note}" for p in points for note in cast(Sequence[str], p["notes"])]

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pdbench.engines import no_gpu
 from pdbench.reading import json_of
 from pdbench.records import write_json
 from pdbench.search.goodput import Counts, Outcome, Step, search
@@ -171,7 +172,7 @@ def _no_gpu(options: Sequence[str]) -> str:
     split = [value for option, value in pairwise(options) if option == "--plan"]
     try:
         plan = json_of(Path((joined + split)[0]).read_text(encoding="utf-8"))
-        return "the engine was emulated" if plan.get("emulated") else "the engine ran on a CPU" if plan.get("on_cpu") else ""
+        return no_gpu(bool(plan.get("emulated")), bool(plan.get("on_cpu")))
     except (IndexError, OSError, ValueError, AttributeError):
         return ""  # `pdbench run` says what is wrong with it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,30 @@ from pdbench.sweep.grid import Cell
 from pdbench.sweep.journal import Journal
 from pdbench.sweep.order import Arrangement
 from pdbench.sweep.planning import Planned, load_of
+from pdlib import bench_load
 from pdlib.tables import duration, table
 
 Json = dict[str, Any]
 
 
 def load_words(load: Mapping[str, Any]) -> str:
-    """Return a load in a few words."""
-    prompt, answer = load["bench_input_len"], load["bench_output_len"]
+    """Return a load in a few words; raise UserError for what cannot be right."""
+    own, points = load["bench_load"], bench_load.points(load)
+    prompt, answer = (own.get(key) or load[name] for key, name in (("isl", "bench_input_len"), ("osl", "bench_output_len")))
     if load["bench_trace"] or load["bench_dataset"]:
         lengths = Path(str(load["bench_trace"] or load["bench_dataset"])).name
     else:
         lengths = f"{prompt}/{answer}"
-    if load["bench_request_rate"]:
-        return f"{lengths} at {','.join(str(rate) for rate in load['bench_request_rate'])}/s"
-    return f"{lengths} x {','.join(str(one) for one in load['bench_concurrency'])}"
+    if all(one.rate is not None for one in points):
+        return f"{lengths} at {','.join(f'{one.rate:g}' for one in points)}/s"
+    if any(one.rate is None and one.concurrency is None for one in points):
+        return f"{lengths} at its own times x {own.get('time_scale') or load['bench_time_scale']}"
+    paces = [f"{one.rate:g}/s" if one.rate is not None else _slots(one.concurrency, one.requests) for one in points]
+    return f"{lengths} x {','.join(paces)}"
+
+
+def _slots(concurrency: int | None, requests: int) -> str:
+    return f"{concurrency}{' at once' if concurrency == requests else ''}"
 
 
 def seconds(made: Arrangement, planned: Planned) -> list[tuple[float, float]]:
@@ -87,17 +95,22 @@ def _points(run: Path) -> list[list[str]]:
     except (OSError, ValueError):
         return []
     gpus = len({(rank["host"], gpu) for worker in plan["workers"] for rank in worker["ranks"] for gpu in rank["gpus"]})
-    manifest: Json = {}
-    with contextlib.suppress(OSError, ValueError):
-        manifest = json_of((run / "manifest.json").read_text())
-    points = summary.get("points") or [summary]
-    paces = manifest.get("bench_request_rate") or manifest.get("bench_concurrency") or []
-    unit = "/s" if manifest.get("bench_request_rate") else " in flight"
     found = []
-    for place, point in enumerate(points):
-        load = f"{paces[place]}{unit}" if len(paces) == len(points) else f"point {place}"
+    for place, point in enumerate(summary.get("points") or [summary]):
+        load = _sent(point) or f"point {place}"
         throughput = point.get("output_throughput")
         ttft = (point.get("ttft_ms") or {}).get("p50")
         each = "-" if throughput is None else f"{throughput / max(1, gpus):.1f}"
         found.append([plan["ratio"], load, each, "-" if ttft is None else f"{ttft:.1f}"])
     return found
+
+
+def _sent(point: Json) -> str:
+    """Return the pace of a point of summary.json, "" where it does not say it."""
+    slots, rate, scale = (point.get(name) for name in ("concurrency", "request_rate", "time_scale"))
+    if slots is not None:
+        return f"{slots} {'at once' if point.get('batch') else 'in flight'}"
+    if rate is not None:
+        to = point.get("request_rate_to")
+        return f"{rate:g}{'' if to is None else f'-{to:g}'}/s"
+    return "" if scale is None else f"its own times x {scale:g}"

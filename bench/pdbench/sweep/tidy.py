@@ -23,6 +23,7 @@ from pdbench.reading import json_of
 from pdbench.records import MEASURE, replacing
 from pdbench.report.words import gpus as gpus_of
 from pdbench.report.words import verdict
+from pdbench.sweep import asked as asking
 
 Json = dict[str, Any]
 SWEEP, RUNS, PARQUET, CSV = "sweep.json", "runs", "results.parquet", "results.csv"
@@ -45,7 +46,10 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(_FLOATS, "float64"),
     **{f"{metric}_{statistic}": "float64" for metric in LATENCIES for statistic in STATISTICS},
     **{"goodput": "float64", "begin": "datetime64[us, UTC]", "source": "str", "variables": "str"},
+    **{"asked": "str", "on_cpu": "boolean", "truncated": "str"},
 }
+#: columns that tables of older checkouts lack
+_ADDED = ("asked", "on_cpu", "truncated")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -126,11 +130,11 @@ def table(path: Path) -> pd.DataFrame:
         raise NotARun(f"{path} is missing") from None
     except (OSError, ValueError) as why:  # pyarrow's and the parser's errors are ValueErrors
         raise NotARun(f"{path} cannot be read as a tidy table: {str(why).splitlines()[0]}") from None
-    lacking = [name for name in COLUMNS if name not in found]
+    lacking = [name for name in COLUMNS if name not in found and name not in _ADDED]
     if lacking:
         raise NotARun(f"{path} is no tidy table: it lacks the column {lacking[0]}")
     try:
-        return _typed(found[list(COLUMNS)])
+        return _typed(found.reindex(columns=list(COLUMNS)))
     except (TypeError, ValueError) as why:
         raise NotARun(f"{path} is no tidy table: {str(why).splitlines()[0]}") from None
 
@@ -192,8 +196,11 @@ def _rows(folder: Path) -> list[Json]:
     if not points:
         why = problems[0] if problems and problems[0].startswith(SUMMARY) else f"{SUMMARY} has no load point"
         return [{**about, "point": 0, "valid": False, "invalid_reasons": f"nothing was measured: {why}"}]
-    asked = _asked(folder)
-    return [{**about, **_figures(entry), **_trust(run, i, entry), **asked.get(i, {})} for i, entry in enumerate(points)]
+    means = _means(folder)
+    return [
+        {**about, **_figures(entry), **_trust(run, i, entry), **means.get(i, {}), "asked": asking.of(entry, summary, manifest)}
+        for i, entry in enumerate(points)
+    ]
 
 
 def _sound(plan: Json) -> bool:
@@ -206,15 +213,14 @@ def _sound(plan: Json) -> bool:
 
 
 def _trust(run: RunData, index: int, entry: Json) -> Json:
-    """Return ``valid`` and why not; missing where nobody judged the run and the client found nothing."""
+    """Return ``valid`` and why not: as the gate judged; without it False where the client found something, else missing."""
     found = verdict(run)
-    concerned = [check for check in found.checks if not check["ok"] and check["point"] in (None, index)]
-    reasons = [str(check["message"]) for check in concerned]
-    reasons += [str(why) for why in entry.get("invalid_reasons") or [] if str(why) not in reasons]
-    valid: bool | None = not reasons
-    if found.valid is None and valid:
-        valid, reasons = None, found.reasons
-    return {"valid": valid, "invalid_reasons": "; ".join(reasons)}
+    if found.valid is not None:
+        # The client cannot know how many requests may fail, or what else is allowed: its own reasons are the gate's checks, too.
+        reasons = [str(check["message"]) for check in found.checks if not check["ok"] and check["point"] in (None, index)]
+        return {"valid": not reasons, "invalid_reasons": "; ".join(reasons)}
+    reasons = [str(why) for why in entry.get("invalid_reasons") or []]
+    return {"valid": False if reasons else None, "invalid_reasons": "; ".join(reasons or found.reasons)}
 
 
 def _deployment(run: RunData, manifest: Json) -> Json:
@@ -231,6 +237,8 @@ def _deployment(run: RunData, manifest: Json) -> Json:
         "router": router.get("name"),
         "router_policy": manifest.get("router_policy") or _after(router.get("argv") or [], "--policy"),
         "emulated": run.emulated if plan else None,
+        "on_cpu": plan.get("on_cpu") is True if plan else None,
+        "truncated": run.truncated,
     }
 
 
@@ -254,7 +262,7 @@ def _figures(entry: Json) -> Json:
     return row | {name: entry[name] for name in ("ratio", "gpus") if entry.get(name) is not None}
 
 
-def _asked(folder: Path) -> dict[int, Json]:
+def _means(folder: Path) -> dict[int, Json]:
     """Return the mean lengths that were asked for, by load point."""
     names = ["point", "phase", "prompt_tokens_asked", "output_tokens_asked"]
     try:

@@ -186,7 +186,7 @@ def best_table(table: Table, found: Sequence[Decision]) -> Rows:
                 lead,
             ]
         )
-    head = ["load", "best", *_heads(table), "tokens/s per user", "TTFT p50 (ms)", "ITL mean (ms)"]
+    head = ["load", "best", *_heads(table), "tokens/s per user, incl. TTFT", "TTFT p50 (ms)", "ITL mean (ms)"]
     head += ["lead (95 %) over the next"]
     return Rows("Best configuration by load", [(name, 1) for name in head], [], rows)
 

@@ -17,15 +17,16 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pdbench.reading import json_of
+from pdbench.sweep import asked as asking
 
 Row = Mapping[str, Any]
 #: what a configuration is made of, and how a reader is told of it where it differs within the sweep
 _PARTS = ("ratio", "engine", "engine_version", "transfer_backend", "router", "router_policy")
-#: swept variables that are parts of a load or already columns
-_LOADS = ("bench_concurrency", "bench_request_rate", "bench_input_len", "bench_output_len", "bench_num_requests", "bench_seed")
 _DEPLOYED = (*_PARTS, "gpus", "model")
-_COLUMNS = (*_PARTS, "model", *_LOADS)
-#: mean lengths that were drawn and are this close are one
+_COLUMNS = (*_PARTS, "model")
+#: what makes lengths what they are; drawn ones differ by a little from seed to seed, and are one length
+_LENGTHS = ("isl", "osl", "trace", "dataset", "length_scale", "max_isl", "max_osl", "conversation")
+#: mean lengths that are this close are one, in rows that do not say what was asked for
 _SAME = 0.1
 RATE, GOODPUT = "output_throughput_per_gpu", "goodput_per_gpu"
 #: what configurations are chosen by
@@ -153,12 +154,13 @@ def table(rows: Sequence[Row]) -> Table:
     """Return the cells of the tidy table's rows (docs/sweeps.md has the columns)."""
     known: list[Row] = [{**whole, GOODPUT: _per_gpu(whole)} for whole in (_whole(row, rows) for row in rows)]
     listed = _same_lengths(row for row in known if _is_load(row))
+    others = _others(listed)
     keys = [_key(row) for row in listed]
     labels = _labels(keys)
     nothing = [row for row in known if not _is_load(row)]
     cells: dict[tuple[Config, Load], Cell] = {}
-    for row, key in zip(listed, keys, strict=True):
-        config, load = Config(labels[key], key), _load(row)
+    for row, key, other in zip(listed, keys, others, strict=True):
+        config, load = Config(labels[key], key), _load(row, other)
         cell = cells.setdefault((config, load), Cell(config, load))
         (cell.rows if _good(row) else cell.bad).append(row)
     configs = sorted({config for config, _ in cells}, key=_config_order)
@@ -195,14 +197,45 @@ def _same_lengths(rows: Iterable[Row]) -> list[Row]:
     """Give lengths that were drawn one value: their means differ by a little from seed to seed, which makes no other load."""
     listed: list[Row] = [dict(row) for row in rows]
     for column in ("isl", "osl"):
-        drawn = sorted({_float(row.get(column)) for row in listed if not _float(row.get(column)).is_integer()})
-        named: dict[float, float] = {}
+        ways = [_way(row, column) for row in listed]
+        means: dict[str, list[float]] = {}
+        for row, way in zip(listed, ways, strict=True):
+            if isinstance(way, str):
+                means.setdefault(way, []).append(_float(row.get(column)))
+        named: dict[str | float | None, float] = {way: sum(found) / len(found) for way, found in means.items()}
         first = 0.0
-        for value in drawn:
+        for value in sorted({way for way in ways if isinstance(way, float) and not way.is_integer()}):
             first = value if not first or value > (1 + _SAME) * first else first
-            named[value] = float(f"{first:.2g}")
-        listed = [{**row, column: named.get(_float(row.get(column)), row.get(column))} for row in listed]
+            named[value] = first
+        listed = [
+            {**row, column: float(f"{named[way]:.2g}")} if way in named else row for row, way in zip(listed, ways, strict=True)
+        ]
     return listed
+
+
+def _way(row: Row, column: str) -> str | float | None:
+    """Return what a row's lengths were drawn from, None for a plain number, or their mean where the row does not say it."""
+    asked = asking.read(row.get("asked"))
+    if not asked:
+        return _float(row.get(column))
+    return None if asking.plain(asked.get(column)) else json.dumps([asked.get(name) for name in _LENGTHS])
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    """Return what tells the load of each row from others of its pace and lengths, in words."""
+    asked = [asking.read(row.get("asked")) for row in rows]
+    swept = [asking.others(_variables(row), row.get("asked")) for row in rows]
+    paces = [_load(row, json.dumps(more)) for row, more in zip(rows, swept, strict=True)]
+    like: dict[Load, list[dict[str, Any]]] = {}
+    for pace, one in zip(paces, asked, strict=True):
+        if one:
+            like.setdefault(pace, []).append(one)
+    found = []
+    for pace, one, more in zip(paces, asked, swept, strict=True):
+        differ = {name for other in like.get(pace, []) for name in one | other if one.get(name) != other.get(name)}
+        said = asking.words(one, differ, {"api", "prompt"} - differ)
+        found.append(", ".join([*said, *(f"{name.removeprefix('bench_')} {_text(value)}" for name, value in more.items())]))
+    return found
 
 
 def _variables(row: Row) -> dict[str, Any]:
@@ -269,8 +302,7 @@ def _config_order(config: Config) -> tuple[object, ...]:
     return 0, 0.0, ratio, config.label
 
 
-def _load(row: Row) -> Load:
-    swept = {k: v for k, v in _variables(row).items() if k.startswith("bench_") and k not in _LOADS}
+def _load(row: Row, other: str) -> Load:
     concurrency, rate = row.get("concurrency"), row.get("request_rate")
     return Load(
         model=str(row.get("model") or "unknown model"),
@@ -278,7 +310,7 @@ def _load(row: Row) -> Load:
         osl=_float(row.get("osl")),
         concurrency=int(concurrency) if number(concurrency) and concurrency is not None else None,
         rate=float(rate) if number(rate) and rate is not None else None,
-        other=", ".join(f"{name.removeprefix('bench_')} {_text(value)}" for name, value in sorted(swept.items())),
+        other=other,
     )
 
 

@@ -20,8 +20,8 @@ _LOG_TTFT = 12
 
 
 def pareto_user(sweep: Sweep, theme: Theme) -> Figure:
-    """Draw output tokens/s per GPU against output tokens/s per user."""
-    return _pareto(sweep.table, theme, "tok_s_user", "output tokens/s per user (mean)", higher_x=True)
+    """Draw output tokens/s per GPU against output tokens/s per user, the wait for the first one included."""
+    return _pareto(sweep.table, theme, "tok_s_user", "output tokens/s per user, TTFT included (mean of n / E2E)", higher_x=True)
 
 
 def pareto_ttft(sweep: Sweep, theme: Theme) -> Figure:

@@ -118,7 +118,7 @@ def _run(sweep: Sweep, row: Row) -> Run:
     with contextlib.suppress(OSError, ValueError):
         point = int(row["point"])
         requests = within.read(sweep.run(row), point, slo_of(sweep.run(row), point))
-    told = requests.asked.tobytes() if requests is not None else None
+    told = requests.asked.tobytes() + str(row["asked"]).encode() if requests is not None else None
     seed = row.get("seed")
     return Run(
         int(row["repeat"]),
