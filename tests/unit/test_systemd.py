@@ -15,6 +15,7 @@ import pytest
 from pdlib import accounts, bench_job, firewall, managers, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
+from pdlib.reconcile import Reconciler
 
 REPO = Path(__file__).resolve().parents[2]
 ANALYZE = shutil.which("systemd-analyze")
@@ -95,6 +96,26 @@ def test_removal_leaves_no_link_no_failed_state_and_others_units_alone(host: Pat
     other.remove(["pd-decode-7"])
     other.shutdown()
     assert list(Systemd.UNITS.iterdir()) == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_unit_of_somebody_else_is_not_overwritten(host: Path, check: bool) -> None:
+    install(Systemd(str(host / "100%"), "", "1p1d"), unit("pd-router"))
+    (Systemd.UNITS / "pd-agent.service").write_text("[Service]\nExecStart=/usr/bin/agent\n")
+    before = {path: path.read_text() for path in Systemd.UNITS.glob("*.service")}
+
+    def deploy(name: str) -> None:
+        Reconciler(str(host / "b"), str(host / "i"), "systemd", "1p1d", [unit(name)], check).step(False)
+
+    for name, whose in (
+        ("pd-router", r"the deployment with state_dir=.*/100%; .*teardown\.yml -e state_dir=.*/100%"),
+        ("pd-agent", "not written by deploy_pd.yml; .*remove the file"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.service .*{whose}"):
+            deploy(name)
+    assert {path: path.read_text() for path in Systemd.UNITS.glob("*.service")} == before
+    assert asked(host) == []
+    Systemd(str(host / "100%"), "", "").refuse_others(["pd-router", "pd-prefill-0"])
 
 
 def test_a_percent_sign_in_the_state_directory_hides_no_unit(host: Path) -> None:

@@ -285,6 +285,8 @@ class Reconciler:
             for entry in self.record.values():
                 if not entry.get("ready"):
                     entry.pop("pid", None)
+        if isinstance(self.manager, Systemd):
+            self.manager.refuse_others(self.units)
         surplus, restart = self._to_stop()
         self._check_kept(restart)
         if self.check:
