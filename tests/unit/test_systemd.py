@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlib import accounts, bench_job, firewall, managers, units
+from pdlib import accounts, bench_job, firewall, managers, teardown, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
 from pdlib.reconcile import Reconciler
@@ -273,6 +273,23 @@ def test_models_in_the_home_outlive_the_account(tmp_path: Path, monkeypatch: pyt
     shutil.rmtree(tmp_path / "home" / ".cache")
     assert accounts.remove("pd") == "removed user pd"
     assert (ran, (tmp_path / "home").exists()) == ([["userdel", "pd"]], False)
+
+
+def test_a_teardown_leaves_weights_where_everybody_may_write(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shm = host / "shm"
+    for name in ("vllm_cache/models--org--name/blobs/1f", "sglang_loads/x", "loaded.safetensors"):
+        (shm / name).parent.mkdir(parents=True, exist_ok=True)
+        (shm / name).write_text("x")
+    monkeypatch.setattr(accounts, "ours", lambda: ["pd"])
+    monkeypatch.setattr(accounts, "leftovers", lambda name: sorted(shm.iterdir()))
+    for check in (True, False):
+        done = teardown.remove_everything(str(host / "state"), str(host / "i"), ["systemd"], False, check)
+        assert done.changed == [
+            f"kept {shm}/loaded.safetensors: it holds model weights (loaded.safetensors)",
+            f"removed {shm}/sglang_loads",
+            f"kept {shm}/vllm_cache: it holds model weights (models--org--name)",
+        ]
+    assert sorted(path.name for path in shm.iterdir()) == ["loaded.safetensors", "vllm_cache"]
 
 
 def test_what_ended_processes_of_an_account_left_is_found_and_nobody_elses(

@@ -82,6 +82,10 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     if "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
         for account in accounts.ours():
             for path in accounts.leftovers(account):
+                weights = caches.weights_in(path)
+                if weights:
+                    outcome.changed.append(f"kept {path}: it holds model weights ({weights.name})")
+                    continue
                 outcome.changed.append(f"removed {path}")
                 if not check:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
