@@ -15,10 +15,10 @@ options:
     choices: [read, lock, store, unlock, forget]
     required: true
   state_dir: {description: State directory of the router's host., type: path, required: true}
-  owner: {description: "Who takes the lock: controller, pid, user, verb.", type: dict, default: {}}
+  owner: {description: "Who takes the lock: controller, place, sees_all, pid, user, verb.", type: dict, default: {}}
   live_pids: {description: "Processes of the controller that are alive, among those that may hold the lock.", type: list, elements: int, default: []}
   create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there.", type: bool, default: true}
-  steal: {description: Take over the lock of another controller., type: bool, default: false}
+  steal: {description: Take over a lock whose command is not known to be dead., type: bool, default: false}
   hosts: {description: "With C(forget): hosts that were torn down.", type: list, elements: str, default: []}
   plan: {description: The plan to keep., type: dict, default: {}}
 attributes:

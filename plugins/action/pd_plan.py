@@ -331,6 +331,8 @@ class ActionModule(ActionBase):
     def _owner(self, verb: str, cluster: dict[str, Any]) -> dict[str, Any]:
         return {
             "controller": socket.gethostname(),
+            "place": processes.place(),
+            "sees_all": processes.sees_all(),
             "pid": os.getppid(),
             "user": getpass.getuser(),
             "verb": verb,

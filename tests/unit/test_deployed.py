@@ -12,7 +12,7 @@ import pytest
 from pdlib import deployed
 from pdlib.errors import UserError
 
-US: dict[str, Any] = {"controller": "here", "pid": 100, "user": "ann", "verb": "deploy", "plan_copy": "/x"}
+US: dict[str, Any] = {"controller": "here", "place": "b 1", "sees_all": True, "pid": 100, "user": "ann", "verb": "deploy"}
 AGAIN = {**US, "pid": 200, "verb": "bench"}
 OTHERS = {**US, "controller": "there", "user": "bob"}
 
@@ -82,6 +82,29 @@ def test_a_dead_command_of_the_same_controller_is_taken_over(state: str) -> None
     held = deployed.peek(state)
     assert held is not None
     assert held["pid"] == 200
+
+
+def test_a_lock_of_an_older_checkout_is_known_by_its_controller(state: str) -> None:
+    deployed.lock(state, {name: value for name, value in US.items() if name not in ("place", "sees_all")}, [], False)
+    with pytest.raises(UserError, match=r"wait for it$"):
+        deployed.lock(state, AGAIN, [100], False)
+    deployed.lock(state, AGAIN, [], False)
+
+
+@pytest.mark.parametrize("unseen", [{"place": "b 2"}, {"place": "c 1"}, {"sees_all": False, "user": "bob"}])
+def test_a_command_that_cannot_be_seen_is_not_dead(state: str, unseen: dict[str, Any]) -> None:
+    """Another PID namespace, another machine of that name (or another boot), and a /proc that hides what others run."""
+    deployed.lock(state, US, [100], False)
+    with pytest.raises(UserError, match=r"deploy of ann on here \(pid 100\).*-e steal_lock=true"):
+        deployed.lock(state, {**AGAIN, **unseen}, [200], False)
+    deployed.unlock(state, {**US, "place": "b 2"})
+    assert deployed.peek(state), "another machine's command of that number"
+    deployed.lock(state, {**AGAIN, **unseen}, [200], True)
+
+
+def test_one_s_own_dead_command_is_seen_where_others_are_hidden(state: str) -> None:
+    deployed.lock(state, US, [100], False)
+    deployed.lock(state, {**AGAIN, "sees_all": False}, [200], False)
 
 
 @pytest.mark.parametrize("live", [[], [100], [200]])
