@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import List
 
 from .errors import UserError
+
+#: Folder of an install directory in which those who use it stand: hosts of a deployment may share one, and so may deployments.
+_USERS = "users"
 
 
 def claim(folder: str, shared: bool = False) -> bool:
@@ -34,6 +41,43 @@ def claim(folder: str, shared: bool = False) -> bool:
             f"cannot make {folder}: {error.strerror}; set state_dir and install_dir to folders you may write, or become root"
         ) from None
     return True
+
+
+def use(install_dir: str, state_dir: str) -> None:
+    """Note in ``install_dir``, where it is there, that the deployment with ``state_dir`` on this host uses it."""
+    note = _note(install_dir, state_dir)
+    if (Path(install_dir) / ".pd").exists() and not note.exists():
+        # A host that is given it read-only cannot purge it, either.
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(exist_ok=True)
+            note.write_text(_user(state_dir) + "\n")
+
+
+def leave(install_dir: str, state_dir: str) -> None:
+    """Take the note of :func:`use` away."""
+    with contextlib.suppress(OSError):
+        _note(install_dir, state_dir).unlink()
+
+
+def users(install_dir: str, state_dir: str) -> List[str]:
+    """Return who else uses ``install_dir``; one of this host whose state directory is gone does not."""
+    others = []
+    for note in sorted((Path(install_dir) / _USERS).glob("*")):
+        # Hosts that share the folder may leave it at this moment.
+        with contextlib.suppress(FileNotFoundError):
+            user = note.read_text().strip()
+            folder, _, host = user.rpartition(" on ")
+            if user != _user(state_dir) and (host != socket.gethostname() or Path(folder).exists()):
+                others.append(user)
+    return sorted(others)
+
+
+def _user(state_dir: str) -> str:
+    return f"{Path(state_dir)} on {socket.gethostname()}"
+
+
+def _note(install_dir: str, state_dir: str) -> Path:
+    return Path(install_dir) / _USERS / hashlib.sha256(_user(state_dir).encode()).hexdigest()[:16]
 
 
 def remove(folder: Path) -> None:

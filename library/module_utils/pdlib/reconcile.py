@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import accounts, ask, caches, containers, keys, processes, role_switch
 from .errors import UserError, listing
-from .folders import claim
+from .folders import claim, use
 from .managers import MANAGERS, Manager, Supervisord, Systemd, write
 from .steps import STEP_S, Outcome
 from .units import identity
@@ -110,6 +110,8 @@ class Reconciler:
     # -- files
 
     def _write_files(self) -> None:
+        if not self.check:
+            use(self.install_dir, str(self.home))
         if not self.units:
             if not self.check:
                 self._remove_private()

@@ -23,7 +23,6 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     """
     outcome = Outcome(done=True)
     home = Path(state_dir)
-    ours = [home, Path(install_dir)] if purge else [home]
     own: List[Path] = []
     marks: Set[str] = set()
     for name in managers:
@@ -65,9 +64,14 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     if firewall_host.owner() == state_dir:
         own.append(Systemd.UNITS / FIREWALL)
     outcome.changed += firewall_host.remove(state_dir, check)
-    if purge:
+    if not check:
+        folders.leave(install_dir, state_dir)
+    users = folders.users(install_dir, state_dir)
+    if purge and users:
+        outcome.changed.append(f"kept {install_dir}: used by {listing(users)} (as {install_dir}/users says)")
+    elif purge:
         outcome.changed += caches.remove(install_dir, check)
-    for folder in ours:
+    for folder in [home, Path(install_dir)] if purge and not users else [home]:
         unfetched = sorted((folder / "runs").glob("*/"))
         if unfetched and not purge:
             outcome.changed += [f"kept {run}: never fetched" for run in unfetched]
