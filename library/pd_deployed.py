@@ -17,7 +17,7 @@ options:
   state_dir: {description: State directory of the router's host., type: path, required: true}
   owner: {description: "Who takes the lock: controller, place, sees_all, pid, user, verb.", type: dict, default: {}}
   live_pids: {description: "Processes of the controller that are alive, among those that may hold the lock.", type: list, elements: int, default: []}
-  create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there.", type: bool, default: true}
+  create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there, and no plan is read.", type: bool, default: true}
   steal: {description: Take over a lock whose command is not known to be dead., type: bool, default: false}
   hosts: {description: "With C(forget): hosts that were torn down.", type: list, elements: str, default: []}
   plan: {description: The plan to keep., type: dict, default: {}}
@@ -77,7 +77,9 @@ def main() -> None:
         else:
             if p["action"] == "lock" and not module.check_mode and (p["create"] or Path(p["state_dir"]).exists()):
                 deployed.lock(p["state_dir"], p["owner"], p["live_pids"], p["steal"])
-            result.update(plan=deployed.read(p["state_dir"]) or {}, holder=deployed.peek(p["state_dir"]) or {})
+            wanted = p["action"] == "read" or p["create"]
+            result["plan"] = (deployed.read(p["state_dir"]) if wanted else None) or {}
+            result["holder"] = deployed.peek(p["state_dir"]) or {}
     except UserError as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
