@@ -35,6 +35,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 plan: {description: The deployed plan; empty when there is none., returned: "C(action) read or lock", type: dict, sample: {ratio: 3p1d}}
+deployment:
+  description: What names the deployment, whoever drives it; empty with C(steal) and without C(create), when whatever is there goes.
+  returned: C(action) lock
+  type: str
+  sample: /var/lib/pd on n3
 holder: {description: Who holds the lock., returned: "C(action) read", type: dict, sample: {pid: 4711, verb: deploy}}
 """
 
@@ -42,7 +47,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import deployed
+from ansible.module_utils.pdlib import deployed, folders
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -75,6 +80,9 @@ def main() -> None:
             if not module.check_mode:
                 deployed.unlock(p["state_dir"], p["owner"])
         else:
+            if p["action"] == "lock":
+                result["deployment"] = "" if p["steal"] and not p["create"] else folders.named(p["state_dir"])
+                folders.refuse_others({"": folders.deployment(p["state_dir"])}, result["deployment"])
             if p["action"] == "lock" and not module.check_mode and (p["create"] or Path(p["state_dir"]).exists()):
                 deployed.lock(p["state_dir"], p["owner"], p["live_pids"], p["steal"])
             wanted = p["action"] == "read" or p["create"]

@@ -11,6 +11,7 @@ options:
   accelerators: {description: Look for GPUs and RDMA devices., type: bool, default: true}
   python: {description: "Python that makes the virtualenvs; empty: the one that runs this module.", type: str, default: ""}
   install_dir: {description: Where virtualenvs would be., type: str, default: ""}
+  state_dir: {description: "The state directory, of which C(found.deployment) says whose it is.", type: str, default: ""}
   model: {description: "A path of which C(found.model) says whether it is there; anything else is not looked for.", type: str, default: ""}
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -34,7 +35,7 @@ installed: {description: The stamps of the virtualenvs that are there., returned
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import facts
+from ansible.module_utils.pdlib import facts, folders
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -45,6 +46,7 @@ def main() -> None:
             "accelerators": {"type": "bool", "default": True},
             "python": {"type": "str", "default": ""},
             "install_dir": {"type": "str", "default": ""},
+            "state_dir": {"type": "str", "default": ""},
             "model": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
@@ -52,6 +54,8 @@ def main() -> None:
     p = module.params
     try:
         found = facts.gather(p["accelerators"], p["python"], p["model"])
+        if p["state_dir"]:
+            found["deployment"] = folders.deployment(p["state_dir"])
         stamps = facts.installed(p["install_dir"]) if p["install_dir"] else {}
     except UserError as error:
         module.fail_json(msg=str(error))

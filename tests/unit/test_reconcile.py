@@ -479,6 +479,22 @@ def test_runs_that_were_never_fetched_outlive_a_teardown_but_not_a_purge(home: P
     assert not home.exists()
 
 
+@pytest.mark.parametrize("wanted", [[A], []])
+def test_units_of_another_deployment_are_no_surplus(home: Path, wanted: list[dict[str, Any]]) -> None:
+    """A host without units of ours (a bench client, say) would have had all of its units stopped."""
+
+    def deploy(name: str, *units: dict[str, Any]) -> Outcome:
+        return Reconciler(str(home), str(home / "i"), "supervisord", "1p1d", units, False, deployment=name).step(False)
+
+    deploy("/s on r1", A, B)
+    before, calls = snapshot(home), list(CALLS)
+    with pytest.raises(UserError, match="belongs to the deployment whose router has /s on r1"):
+        deploy("/s on r2", *wanted)
+    assert (snapshot(home), CALLS) == (before, calls)
+    deploy("/s on r1", A)
+    assert (home / "deployment").read_text() == "/s on r1\n"
+
+
 def test_a_purge_keeps_an_install_directory_while_others_use_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install, other = home.parent / "install", home.parent / "other"
     claim(str(install))

@@ -574,7 +574,13 @@ def _table() -> Dict[str, Variable]:
             minimum=1,
             unit="s",
         ),
-        v("steal_lock", "bool", False, VERB, "Take over a lock whose command is dead, where this controller cannot tell."),
+        v(
+            "steal_lock",
+            "bool",
+            False,
+            VERB,
+            "Take over a lock whose command is dead, where this controller cannot tell; `teardown.yml` also takes another deployment off its hosts.",
+        ),
         v(
             "manifest",
             "dict",
