@@ -12,6 +12,7 @@ description:
 options:
   action: {description: What to do., type: str, choices: [run, left_over, pack, drop], required: true}
   state_dir: {description: State directory of the client host., type: path, required: true}
+  deployment: {description: "With C(left_over): as of C(pd_units); another one's runs are not ended.", type: str, default: ""}
   run_id: {description: The run., type: str, default: ""}
   argv: {description: "The load generator's command; C({dir}) is the run's folder.", type: list, elements: str, default: []}
   selfcheck: {description: "What goes before the load generator, to calibrate it; empty: nothing.", type: list, elements: str, default: []}
@@ -51,7 +52,7 @@ import base64
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import bench_job, keys
+from ansible.module_utils.pdlib import bench_job, folders, keys
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -61,6 +62,7 @@ def main() -> None:
         argument_spec={
             "action": {"type": "str", "choices": ["run", "left_over", "pack", "drop"], "required": True},
             "state_dir": {"type": "path", "required": True},
+            "deployment": {"type": "str", "default": ""},
             "run_id": {"type": "str", "default": ""},
             "argv": {"type": "list", "elements": "str", "default": []},
             "selfcheck": {"type": "list", "elements": "str", "default": []},
@@ -86,6 +88,7 @@ def main() -> None:
     result = {"changed": False, "changes": []}
     try:
         if p["action"] == "left_over":
+            folders.refuse_others({"": folders.deployment(p["state_dir"])}, p["deployment"])
             runs = bench_job.left_over(p["state_dir"])
             stop = not module.check_mode
             result["runs"] = [

@@ -15,10 +15,10 @@ options:
     choices: [read, lock, store, unlock, forget]
     required: true
   state_dir: {description: State directory of the router's host., type: path, required: true}
-  owner: {description: "Who takes the lock: controller, pid, user, verb.", type: dict, default: {}}
+  owner: {description: "Who takes the lock: controller, place, sees_all, pid, user, verb.", type: dict, default: {}}
   live_pids: {description: "Processes of the controller that are alive, among those that may hold the lock.", type: list, elements: int, default: []}
-  create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there.", type: bool, default: true}
-  steal: {description: Take over the lock of another controller., type: bool, default: false}
+  create: {description: "With C(lock): make state_dir where it is not there; without, nothing is locked there, and no plan is read.", type: bool, default: true}
+  steal: {description: Take over a lock whose command is not known to be dead., type: bool, default: false}
   hosts: {description: "With C(forget): hosts that were torn down.", type: list, elements: str, default: []}
   plan: {description: The plan to keep., type: dict, default: {}}
 attributes:
@@ -35,6 +35,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 plan: {description: The deployed plan; empty when there is none., returned: "C(action) read or lock", type: dict, sample: {ratio: 3p1d}}
+deployment:
+  description: What names the deployment, whoever drives it; empty with C(steal) and without C(create), when whatever is there goes.
+  returned: C(action) lock
+  type: str
+  sample: /var/lib/pd on n3
 holder: {description: Who holds the lock., returned: "C(action) read", type: dict, sample: {pid: 4711, verb: deploy}}
 """
 
@@ -42,7 +47,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import deployed
+from ansible.module_utils.pdlib import deployed, folders
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -75,9 +80,14 @@ def main() -> None:
             if not module.check_mode:
                 deployed.unlock(p["state_dir"], p["owner"])
         else:
+            if p["action"] == "lock":
+                result["deployment"] = "" if p["steal"] and not p["create"] else folders.named(p["state_dir"])
+                folders.refuse_others({"": folders.deployment(p["state_dir"])}, result["deployment"])
             if p["action"] == "lock" and not module.check_mode and (p["create"] or Path(p["state_dir"]).exists()):
                 deployed.lock(p["state_dir"], p["owner"], p["live_pids"], p["steal"])
-            result.update(plan=deployed.read(p["state_dir"]) or {}, holder=deployed.peek(p["state_dir"]) or {})
+            wanted = p["action"] == "read" or p["create"]
+            result["plan"] = (deployed.read(p["state_dir"]) if wanted else None) or {}
+            result["holder"] = deployed.peek(p["state_dir"]) or {}
     except UserError as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)

@@ -10,7 +10,7 @@ description: [Reads what the plan compares with what the inventory declares; cha
 options:
   accelerators: {description: Look for GPUs and RDMA devices., type: bool, default: true}
   python: {description: "Python that makes the virtualenvs; empty: the one that runs this module.", type: str, default: ""}
-  state_dir: {description: "Where a deploy keeps what it started; empty: it is not looked for.", type: str, default: ""}
+  state_dir: {description: "Where a deploy keeps what it started, and whose it is (C(found.deployment)); empty: it is not looked for.", type: str, default: ""}
   service_manager: {description: Who would run units; C(auto) as it is found., type: str, default: auto}
   install_dir: {description: Where virtualenvs would be., type: str, default: ""}
   model: {description: "A path of which C(found.model) says whether it is there; anything else is not looked for.", type: str, default: ""}
@@ -36,7 +36,7 @@ installed: {description: The stamps of the virtualenvs that are there., returned
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import facts, reconcile
+from ansible.module_utils.pdlib import facts, folders, reconcile
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -59,6 +59,7 @@ def main() -> None:
         if p["state_dir"]:
             manager = found["service_manager"] if p["service_manager"] == "auto" else p["service_manager"]
             found["units"] = reconcile.became(p["state_dir"], manager)
+            found["deployment"] = folders.deployment(p["state_dir"])
         stamps = facts.installed(p["install_dir"]) if p["install_dir"] else {}
         if "gpu_fault" in found:
             raise UserError(found["gpu_fault"])

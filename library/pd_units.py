@@ -29,6 +29,7 @@ options:
     type: list
     elements: str
     default: []
+  deployment: {description: "The deployment's name, as C(pd_deployed) gives it: another one's state_dir is refused. Empty: whosever.", type: str, default: ""}
   purge:
     description: With C(state=absent), remove install_dir, folders of compiled kernels and the user, too, as far as we made them.
     type: bool
@@ -60,7 +61,7 @@ changes: {description: What was done., returned: always, type: list, sample: [st
 import base64
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import keys, reconcile, teardown
+from ansible.module_utils.pdlib import folders, keys, reconcile, teardown
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -82,6 +83,7 @@ def main() -> None:
             "service_user": {"type": "str", "default": "root"},
             "files": {"type": "dict", "default": {}},
             "keep": {"type": "list", "elements": "str", "default": []},
+            "deployment": {"type": "str", "default": ""},
             "purge": {"type": "bool", "default": False},
             "resumed": {"type": "bool", "default": False},
         },
@@ -90,6 +92,7 @@ def main() -> None:
     p = module.params
     try:
         if p["state"] == "absent":
+            folders.refuse_others({"": folders.deployment(p["state_dir"])}, p["deployment"])
             outcome = teardown.remove_everything(
                 p["state_dir"], p["install_dir"], [p["service_manager"]], p["purge"], module.check_mode
             )
@@ -108,6 +111,7 @@ def main() -> None:
                 p["service_user"],
                 files,
                 p["keep"],
+                p["deployment"],
             )
             outcome = reconciler.step(p["resumed"])
     except UserError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 import time
 from ipaddress import ip_address
@@ -18,7 +17,7 @@ from ansible.utils.display import Display
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import doctor, doctor_reach  # noqa: E402
+from pdlib import deployed, doctor, doctor_reach  # noqa: E402
 from pdlib.doctor_facts import Seen  # noqa: E402
 
 Json = dict[str, Any]
@@ -150,7 +149,7 @@ class ActionModule(ActionBase):
         """Who is changing or measuring the deployment; {} when nobody is, or only a command that is dead."""
         router = variables["groups"]["router"][0]
         holder: Json = variables["hostvars"][router].get("__pd_found", {}).get("holder") or {}
-        dead = holder.get("controller") == socket.gethostname() and holder.get("pid") not in self.planned["pd_live_pids"]
+        dead = holder and deployed.dead(holder, self.planned["pd_owner"], self.planned["pd_live_pids"])
         return {} if dead else holder
 
     # -- on the controller

@@ -27,6 +27,7 @@ from pdlib import (  # noqa: E402
     bench_spec,
     engines,
     firewall,
+    folders,
     keys,
     moves,
     plan,
@@ -100,6 +101,9 @@ class ActionModule(ActionBase):
         found = {
             h: hostvars[h]["__pd_found"]["found"] for h in ours if discovered and "found" in hostvars[h].get("__pd_found", {})
         }
+        if discovered and verb not in ("doctor", "teardown"):
+            owners = {host: found[host].get("deployment", "") for host in found}
+            folders.refuse_others(owners, task_vars.get("__pd_deployed", {}).get("deployment", ""))
         # Hosts that --limit leaves out are as they were deployed.
         known = {**(current or {}).get("hosts", {}), **found}
         for host in by_host:
@@ -332,6 +336,8 @@ class ActionModule(ActionBase):
     def _owner(self, verb: str, cluster: dict[str, Any]) -> dict[str, Any]:
         return {
             "controller": socket.gethostname(),
+            "place": processes.place(),
+            "sees_all": processes.sees_all(),
             "pid": os.getppid(),
             "user": getpass.getuser(),
             "verb": verb,

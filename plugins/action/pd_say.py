@@ -45,7 +45,8 @@ class ActionModule(ActionBase):
             steps = [variables["hostvars"][host].get(name, {}) for name in STEPS]
             changes = [change for step in steps for change in step.get("changes") or []]
             took = sum(step.get("seconds") or 0.0 for step in steps)
-            rows.append([host, tables.grouped(changes) or "nothing to do", tables.duration(took) if took >= 0.05 else ""])
+            idle = "nothing to do" if host in variables["ansible_play_hosts"] else "went no further"
+            rows.append([host, tables.grouped(changes) or idle, tables.duration(took) if took >= 0.05 else ""])
         verb = self._task.args["verb"]
         if not self._task.check_mode:
             self._keep_copy(planned, verb)

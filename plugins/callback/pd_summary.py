@@ -69,8 +69,13 @@ class CallbackModule(CallbackBase):
             self.said[result._host.get_name()] = reason
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
-        """Remember why a host could not be reached."""
-        self.said[result._host.get_name()] = f"UNREACHABLE: {result._result.get('msg', '')}"
+        """Remember why a host could not be reached: the one that the task was delegated to, if it was."""
+        self.said[result._task.delegate_to or result._host.get_name()] = f"UNREACHABLE: {result._result.get('msg', '')}"
+
+    @staticmethod
+    def blameless(stats: Any, host: str) -> str:
+        """Return what is said of a host that is not at fault."""
+        return "not at fault; the reports above say what was done" if host in stats.changed else "not at fault; went no further"
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
         """Print the summary."""
@@ -83,12 +88,14 @@ class CallbackModule(CallbackBase):
         told = {host: text for host, text in self.said.items() if host in lost or text.startswith("UNREACHABLE")}
         rows = [["all hosts", first_line(self.verdict)]] if self.verdict else []
         rows += [
-            [host, first_line(told[host]) if host in told else "not at fault; went no further"]
-            for host in sorted(stats.processed, key=lambda host: (host not in told, host))
+            [host, first_line(told[host]) if host in told else self.blameless(stats, host)]
+            for host in sorted({*stats.processed, *told}, key=lambda host: (host not in told, host))
         ]
         text = tables.table(["host", "what happened"], rows)
         hints = [f"next: put it right and type {self.command} again (with the same -e); it goes on from what is there"]
         dark = [host for host, text in told.items() if text.startswith("UNREACHABLE")]
         if dark:
-            hints.insert(0, f"unreachable: try ssh {dark[0]} by hand (docs/hosts.md); what runs on other hosts was left as it is")
+            touched = any(host in stats.changed for host in stats.processed if host not in told)
+            rest = "" if touched else "; what runs on other hosts was left as it is"
+            hints.insert(0, f"unreachable: try ssh {dark[0]} by hand (docs/hosts.md){rest}")
         self._display.display("\n" + "\n".join([text, *hints, f"({self.command} ended after {took})"]) + "\n")

@@ -54,6 +54,13 @@ def test_a_limit_does_not_pretend_to_change_what_it_leaves_out(clean: Checkout) 
     refused = clean.play("deploy_pd.yml", "-l", "a100", "-e", '{"engine_env": {"X": "1"}}')
     assert refused.code != 0
     assert "--limit leaves out gh200, and prefill-0 there would change: type -l gh200,a100" in " ".join(refused.text.split())
+    # who holds the lock on the router's host is asked also where the limit leaves that out
+    lock = clean.state("a100") / "lock.json"
+    lock.write_text(json.dumps({"controller": "elsewhere", "pid": 1, "user": "bob", "verb": "bench", "since": 0}))
+    busy = clean.play("teardown.yml", "-l", "gh200")
+    assert busy.code != 0
+    assert "being changed by bench of bob on elsewhere" in " ".join(busy.text.split())
+    lock.unlink()
     # what a limited teardown stopped is no longer counted on
     clean.play("teardown.yml", "-l", "gh200").good()
     clean.play("deploy_pd.yml", "-l", "a100", "-e", "ratio=1p1d").good()

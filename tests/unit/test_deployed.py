@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pdlib import deployed
+from pdlib import deployed, folders
 from pdlib.errors import UserError
 
-US: dict[str, Any] = {"controller": "here", "pid": 100, "user": "ann", "verb": "deploy", "plan_copy": "/x"}
+US: dict[str, Any] = {"controller": "here", "place": "b 1", "sees_all": True, "pid": 100, "user": "ann", "verb": "deploy"}
 AGAIN = {**US, "pid": 200, "verb": "bench"}
 OTHERS = {**US, "controller": "there", "user": "bob"}
 
@@ -84,6 +85,29 @@ def test_a_dead_command_of_the_same_controller_is_taken_over(state: str) -> None
     assert held["pid"] == 200
 
 
+def test_a_lock_of_an_older_checkout_is_known_by_its_controller(state: str) -> None:
+    deployed.lock(state, {name: value for name, value in US.items() if name not in ("place", "sees_all")}, [], False)
+    with pytest.raises(UserError, match=r"wait for it$"):
+        deployed.lock(state, AGAIN, [100], False)
+    deployed.lock(state, AGAIN, [], False)
+
+
+@pytest.mark.parametrize("unseen", [{"place": "b 2"}, {"place": "c 1"}, {"sees_all": False, "user": "bob"}])
+def test_a_command_that_cannot_be_seen_is_not_dead(state: str, unseen: dict[str, Any]) -> None:
+    """Another PID namespace, another machine of that name (or another boot), and a /proc that hides what others run."""
+    deployed.lock(state, US, [100], False)
+    with pytest.raises(UserError, match=r"deploy of ann on here \(pid 100\).*-e steal_lock=true"):
+        deployed.lock(state, {**AGAIN, **unseen}, [200], False)
+    deployed.unlock(state, {**US, "place": "b 2"})
+    assert deployed.peek(state), "another machine's command of that number"
+    deployed.lock(state, {**AGAIN, **unseen}, [200], True)
+
+
+def test_one_s_own_dead_command_is_seen_where_others_are_hidden(state: str) -> None:
+    deployed.lock(state, US, [100], False)
+    deployed.lock(state, {**AGAIN, "sees_all": False}, [200], False)
+
+
 @pytest.mark.parametrize("live", [[], [100], [200]])
 def test_another_controllers_lock_is_only_stolen(state: str, live: list[int]) -> None:
     deployed.lock(state, OTHERS, [100], False)
@@ -135,3 +159,29 @@ def test_a_foreign_folder_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UserError, match="holds files that are not ours"):
         deployed.lock(str(tmp_path), US, [], False)
+
+
+def test_a_deployment_is_called_by_its_router_and_keeps_its_name(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "n1")
+    assert folders.named(state) == folders.named(f"{state}/") == f"{state} on n1"
+    folders.enroll(state, folders.named(state))
+    assert not Path(state).exists(), "nothing is made for the name alone"
+    folders.claim(state)
+    folders.enroll(state, folders.named(state))
+    deployed.store(state, {"ratio": "1p1d"})
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+    assert folders.named(state) == folders.deployment(state) == f"{state} on n1"
+    (Path(state) / "plan.json").unlink()
+    assert folders.named(state) == f"{state} on renamed", "a host of another one's is not its router"
+
+
+def test_a_state_directory_of_another_deployment_is_refused_with_its_owner() -> None:
+    owners = {"n1": "/s on r1", "n2": "", "n3": "/s on r2"}
+    folders.refuse_others({"n1": "/s on r1", "n2": ""}, "/s on r1")
+    folders.refuse_others(owners, "")
+    with pytest.raises(
+        UserError, match=r"^state_dir of n3 belongs .* has /s on r2, .* another state_dir; .* -l n3 -e steal_lock"
+    ):
+        folders.refuse_others(owners, "/s on r1")
+    with pytest.raises(UserError, match=r"^this state_dir belongs .* -l HOST -e steal_lock=true"):
+        folders.refuse_others({"": "/s on r2"}, "/s on r1")

@@ -7,7 +7,6 @@ import copy
 import importlib.util
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,17 +162,19 @@ def test_the_cuda_runtime_of_an_engine_is_that_of_its_lock_on_linux() -> None:
 @pytest.mark.parametrize(
     ("holder", "live", "busy"),
     [
-        ({"verb": "bench", "controller": "elsewhere", "pid": 7}, [], True),
-        ({"verb": "bench", "controller": socket.gethostname(), "pid": 7}, [7], True),
+        ({"verb": "bench", "user": "ann", "controller": "elsewhere", "pid": 7}, [], True),
+        ({"verb": "bench", "user": "ann", "controller": "here", "pid": 7}, [7], True),
         # a command of this controller's that is dead
-        ({"verb": "bench", "controller": socket.gethostname(), "pid": 7}, [8], False),
+        ({"verb": "bench", "user": "ann", "controller": "here", "pid": 7}, [8], False),
+        # it may live on another machine of that name
+        ({"verb": "bench", "user": "ann", "controller": "here", "place": "another boot", "pid": 7}, [8], True),
         ({}, [], False),
     ],
 )
 def test_who_holds_the_lock_is_busy_unless_it_is_dead(holder: Json, live: list[int], busy: bool) -> None:
     examine = plugin("pd_examine")
     look = examine.ActionModule.__new__(examine.ActionModule)
-    look.planned = {"pd_live_pids": live}
+    look.planned = {"pd_live_pids": live, "pd_owner": {"controller": "here", "place": "b", "sees_all": True, "user": "ann"}}
     seen = {"groups": {"router": ["n1"]}, "hostvars": {"n1": {"__pd_found": {"holder": holder}}}}
     assert look._holder(seen) == (holder if busy else {})
 

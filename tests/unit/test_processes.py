@@ -143,3 +143,9 @@ def test_every_process_is_listed_but_zombies(spawn: Spawn) -> None:
     listed = {p.pid: p for p in processes.all_processes()}
     assert listed[os.getpid()].cwd == os.getcwd()
     assert "pytest" in listed[os.getpid()].command or "python" in listed[os.getpid()].command
+
+
+def test_this_machine_and_its_process_numbers_have_one_name() -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert processes.place() == f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    assert processes.sees_all() is Path("/proc/1/stat").exists()

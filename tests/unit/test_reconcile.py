@@ -511,6 +511,50 @@ def test_runs_that_were_never_fetched_outlive_a_teardown_but_not_a_purge(home: P
     assert not home.exists()
 
 
+@pytest.mark.parametrize("wanted", [[A], []])
+def test_units_of_another_deployment_are_no_surplus(home: Path, wanted: list[dict[str, Any]]) -> None:
+    """A host without units of ours (a bench client, say) would have had all of its units stopped."""
+
+    def deploy(name: str, *units: dict[str, Any]) -> Outcome:
+        return Reconciler(str(home), str(home / "i"), "supervisord", "1p1d", units, False, deployment=name).step(False)
+
+    deploy("/s on r1", A, B)
+    before, calls = snapshot(home), list(CALLS)
+    with pytest.raises(UserError, match="belongs to the deployment whose router has /s on r1"):
+        deploy("/s on r2", *wanted)
+    assert (snapshot(home), CALLS) == (before, calls)
+    deploy("/s on r1", A)
+    assert (home / "deployment").read_text() == "/s on r1\n"
+
+
+def test_a_purge_keeps_an_install_directory_while_others_use_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install, other = home.parent / "install", home.parent / "other"
+    claim(str(install))
+    (install / "caches").mkdir()
+    claim(str(other))
+
+    def deploy(folder: Path) -> None:
+        Reconciler(str(folder), str(install), "supervisord", "1p1d", [], False).step(False)
+
+    def purge(folder: Path) -> list[str]:
+        return remove_everything(str(folder), str(install), ["supervisord"], True, False).changed
+
+    for folder in (home, other):
+        deploy(folder)
+    here = socket.gethostname()
+    kept = f"kept {install}: used by {other} on {here} (as {install}/users says)"
+    check = remove_everything(str(home), str(install), ["supervisord"], True, True)
+    assert kept in check.changed
+    assert purge(home) == [kept, f"removed {home}"]
+    assert (install / "caches").is_dir(), "what is noted there is theirs, too"
+    # a host that shares it over the network
+    monkeypatch.setattr(socket, "gethostname", lambda: "n2")
+    deploy(other)
+    assert f"used by {other} on {here}" in purge(other)[0]
+    monkeypatch.setattr(socket, "gethostname", lambda: here)
+    assert purge(home) == [f"removed {install}"], "a state directory that is gone uses nothing"
+
+
 def test_systemd_units_of_others_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(managers.Systemd, "UNITS", tmp_path)
     for name, folder in (("pd-ours", "/s/pd"), ("pd-other", "/s/pd-2"), ("pd-inside", "/s/pd/two"), ("pd-agent", "")):

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from pdlib import accounts, bench_job, firewall, managers, units
+from pdlib import accounts, bench_job, firewall, managers, teardown, units
 from pdlib.errors import UserError
 from pdlib.managers import Systemd
+from pdlib.reconcile import Reconciler
 
 REPO = Path(__file__).resolve().parents[2]
 ANALYZE = shutil.which("systemd-analyze")
@@ -96,6 +97,26 @@ def test_removal_leaves_no_link_no_failed_state_and_others_units_alone(host: Pat
     other.remove(["pd-decode-7"])
     other.shutdown()
     assert list(Systemd.UNITS.iterdir()) == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_unit_of_somebody_else_is_not_overwritten(host: Path, check: bool) -> None:
+    install(Systemd(str(host / "100%"), "", "1p1d"), unit("pd-router"))
+    (Systemd.UNITS / "pd-agent.service").write_text("[Service]\nExecStart=/usr/bin/agent\n")
+    before = {path: path.read_text() for path in Systemd.UNITS.glob("*.service")}
+
+    def deploy(name: str) -> None:
+        Reconciler(str(host / "b"), str(host / "i"), "systemd", "1p1d", [unit(name)], check).step(False)
+
+    for name, whose in (
+        ("pd-router", r"the deployment with state_dir=.*/100%; .*teardown\.yml -e state_dir=.*/100%"),
+        ("pd-agent", "not written by deploy_pd.yml; .*remove the file"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.service .*{whose}"):
+            deploy(name)
+    assert {path: path.read_text() for path in Systemd.UNITS.glob("*.service")} == before
+    assert asked(host) == []
+    Systemd(str(host / "100%"), "", "").refuse_others(["pd-router", "pd-prefill-0"])
 
 
 def test_a_percent_sign_in_the_state_directory_hides_no_unit(host: Path) -> None:
@@ -297,6 +318,23 @@ def test_models_in_the_home_outlive_the_account(tmp_path: Path, monkeypatch: pyt
     shutil.rmtree(tmp_path / "home" / ".cache")
     assert accounts.remove("pd") == "removed user pd"
     assert (ran, (tmp_path / "home").exists()) == ([["userdel", "pd"]], False)
+
+
+def test_a_teardown_leaves_weights_where_everybody_may_write(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shm = host / "shm"
+    for name in ("vllm_cache/models--org--name/blobs/1f", "sglang_loads/x", "loaded.safetensors"):
+        (shm / name).parent.mkdir(parents=True, exist_ok=True)
+        (shm / name).write_text("x")
+    monkeypatch.setattr(accounts, "ours", lambda: ["pd"])
+    monkeypatch.setattr(accounts, "leftovers", lambda name: sorted(shm.iterdir()))
+    for check in (True, False):
+        done = teardown.remove_everything(str(host / "state"), str(host / "i"), ["systemd"], False, check)
+        assert done.changed == [
+            f"kept {shm}/loaded.safetensors: it holds model weights (loaded.safetensors)",
+            f"removed {shm}/sglang_loads",
+            f"kept {shm}/vllm_cache: it holds model weights (models--org--name)",
+        ]
+    assert sorted(path.name for path in shm.iterdir()) == ["loaded.safetensors", "vllm_cache"]
 
 
 def test_what_ended_processes_of_an_account_left_is_found_and_nobody_elses(

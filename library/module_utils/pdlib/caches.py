@@ -51,7 +51,7 @@ def remove(install_dir: str, check: bool) -> List[str]:
         path = Path(note.read_text().strip())
         if not (path / _MARK).exists():
             continue
-        weights = _weights(path)
+        weights = weights_in(path)
         if weights:
             said.append(f"kept {path}: it holds model weights ({weights.relative_to(path)})")
             continue
@@ -64,8 +64,10 @@ def remove(install_dir: str, check: bool) -> List[str]:
     return said
 
 
-def _weights(path: Path) -> Optional[Path]:
-    """Return a file of model weights (or a folder of the hub's cache) below ``path``, None when there is none."""
+def weights_in(path: Path) -> Optional[Path]:
+    """Return a file of model weights (or a folder of the hub's cache) at or below ``path``, None when there is none."""
+    if path.name.startswith("models--") or (path.is_file() and _WEIGHTS.fullmatch(path.name)):
+        return path
     for folder, folders, names in os.walk(path):
         for name in [*folders, *names]:
             if name.startswith("models--") or (name in names and _WEIGHTS.fullmatch(name)):

@@ -49,24 +49,29 @@ def forget(state_dir: str, hosts: Sequence[str], check: bool) -> bool:
 
 
 def lock(state_dir: str, owner: Mapping[str, Any], live_pids: Sequence[int], steal: bool) -> None:
-    """Take the deployment's lock for ``owner`` ({"controller", "pid", "user", "verb"}).
+    """Take the deployment's lock for ``owner`` ({"controller", "place", "sees_all", "pid", "user", "verb"}).
 
-    ``live_pids``: processes of the owner's controller that are alive. A lock of the same controller whose process is
-    dead is taken over; one of another controller only with ``steal``. Raises UserError naming who holds it.
+    ``live_pids``: processes of the owner's controller that are alive. A lock whose command is known to be dead is taken
+    over; one of which that cannot be known only with ``steal``. Raises UserError naming who holds it.
     """
     claim(state_dir)
     folder = Path(state_dir)
     with open(folder / "lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         holder = peek(state_dir)
-        if holder and not _same(holder, owner) and not steal:
-            elsewhere = holder["controller"] != owner["controller"]
-            if elsewhere or holder["pid"] in live_pids:
-                since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
-                who = f"{holder['verb']} of {holder['user']} on {holder['controller']} (pid {holder['pid']}), since {since}"
-                hint = "; if it is known to be dead, add -e steal_lock=true" if elsewhere else ""
-                raise UserError(f"the deployment is being changed by {who}: wait for it{hint}")
+        if holder and not _same(holder, owner) and not steal and not dead(holder, owner, live_pids):
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
+            who = f"{holder['verb']} of {holder['user']} on {holder['controller']} (pid {holder['pid']}), since {since}"
+            known = _together(holder, owner) and holder["pid"] in live_pids
+            hint = "" if known else "; if it is known to be dead, add -e steal_lock=true"
+            raise UserError(f"the deployment is being changed by {who}: wait for it{hint}")
         write(folder / "lock.json", json.dumps({**owner, "since": time.time()}) + "\n", 0o600)
+
+
+def dead(holder: Mapping[str, Any], owner: Mapping[str, Any], live_pids: Sequence[int]) -> bool:
+    """Whether the command that holds a lock is known to have ended: ``owner`` would see it among ``live_pids``."""
+    visible = owner["sees_all"] or holder["user"] == owner["user"]
+    return _together(holder, owner) and visible and holder["pid"] not in live_pids
 
 
 def peek(state_dir: str) -> Optional[Json]:
@@ -84,5 +89,11 @@ def unlock(state_dir: str, owner: Mapping[str, Any]) -> None:
         (Path(state_dir) / "lock.json").unlink(missing_ok=True)
 
 
+def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two commands number processes alike; older checkouts named the controller alone."""
+    places = {row["place"] for row in (one, other) if "place" in row}
+    return one["controller"] == other["controller"] and len(places) < 2
+
+
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return (one["controller"], one["pid"]) == (other["controller"], other["pid"])
+    return _together(one, other) and one["pid"] == other["pid"]

@@ -15,7 +15,7 @@ from typing import Any, Dict, Mapping, Optional
 from . import accounts, processes, transfer
 from .containers import call, last_line, note
 from .errors import UserError
-from .folders import claim
+from .folders import claim, use
 from .managers import tail, write
 from .steps import STEP_S, Outcome
 
@@ -236,6 +236,7 @@ def step(
             return outcome
         claim(install_dir, shared=bool(user))
         claim(state_dir, shared=bool(user))
+        use(install_dir, state_dir)
         note(state_dir, [image.client])
         image.start(archive_path)
     end = time.monotonic() + STEP_S

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple, Type, Un
 
 from . import processes
 from . import units as render
-from .errors import UserError
+from .errors import UserError, listing
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,21 @@ class Systemd:
         home = str(self.home).replace("%", "%%")
         paths = sorted(self.UNITS.glob("pd-*.service"))
         return [path for path in paths if f"EnvironmentFile={home}/units/{path.stem}.env" in _lines(path)]
+
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Raise UserError for units whose names are taken by files that are not of this state directory."""
+        own = self.own_units()
+        taken = [path for path in (self.UNITS / f"{name}.service" for name in names) if path.exists() and path not in own]
+        if not taken:
+            return
+        found = re.search(r"^EnvironmentFile=(.*)/units/pd-", taken[0].read_text(errors="replace"), re.MULTILINE)
+        owner = found.group(1).replace("%%", "%") if found else ""
+        whose = f"belongs to the deployment with state_dir={owner}" if found else "was not written by deploy_pd.yml"
+        away = f"tear that deployment down first (teardown.yml -e state_dir={owner})" if found else "remove the file first"
+        raise UserError(
+            f"{listing(str(path) for path in taken)} {whose}; nothing was changed here. Units of both cannot run on one host: "
+            f"use another host, or {away}"
+        )
 
     @staticmethod
     def _systemctl(*args: str) -> str:

@@ -44,6 +44,20 @@ def all_processes() -> Iterator[Process]:
         yield Process(int(folder.name), command, cwd)
 
 
+def place() -> str:
+    """Return what tells this machine, and the PID namespace that we are in, from others of its name; a reboot makes it another."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{_read(Path('/proc/sys/kernel/random/boot_id')).decode().strip()} {namespace}".strip()
+
+
+def sees_all() -> bool:
+    """Whether /proc shows us other users' processes (the mount option hidepid hides them)."""
+    return bool(_read(Path("/proc/1/stat")))
+
+
 def work_dir(state_dir: str, unit: str) -> str:
     """Return the working directory of a unit; it marks the unit's processes.
 

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import accounts, ask, caches, containers, keys, processes, role_switch
+from . import accounts, ask, caches, containers, folders, keys, processes, role_switch
 from .errors import UserError, listing
 from .folders import claim
 from .managers import MANAGERS, Manager, Supervisord, Systemd, write
@@ -69,7 +69,9 @@ class Reconciler:
         user: str = "",
         shipped: Optional[Mapping[str, str]] = None,
         keep: Sequence[str] = (),
+        deployment: str = "",
     ):
+        self.deployment = deployment
         self.keep, self.secrets = set(keep), dict(secrets or {})
         #: unit -> what it does instead of being ready
         self.waits: Dict[str, str] = {}
@@ -124,6 +126,9 @@ class Reconciler:
     # -- files
 
     def _write_files(self) -> None:
+        if not self.check:
+            folders.use(self.install_dir, str(self.home))
+            folders.enroll(str(self.home), self.deployment)
         if not self.units:
             if not self.check:
                 self._remove_private()
@@ -156,6 +161,7 @@ class Reconciler:
     def _make_room(self) -> None:
         """Make the folders that units run in, and the account that they run as."""
         claim(str(self.home), shared=bool(self.user))
+        folders.enroll(str(self.home), self.deployment)
         in_containers = [unit["container"] for unit in self.units.values() if "container" in unit]
         containers.note(str(self.home), [container["runtime"] for container in in_containers])
         if self.user and accounts.ensure(self.user):
@@ -300,6 +306,9 @@ class Reconciler:
             for entry in self.record.values():
                 if not entry.get("ready"):
                     entry.pop("pid", None)
+        folders.refuse_others({"": folders.deployment(str(self.home))}, self.deployment)
+        if isinstance(self.manager, Systemd):
+            self.manager.refuse_others(self.units)
         surplus, restart = self._to_stop()
         self._check_kept(restart)
         if self.check:

@@ -23,7 +23,6 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     """
     outcome = Outcome(done=True)
     home = Path(state_dir)
-    ours = [home, Path(install_dir)] if purge else [home]
     own: List[Path] = []
     marks: Set[str] = set()
     for name in managers:
@@ -66,9 +65,14 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     if firewall_host.owner() == state_dir:
         own.append(Systemd.UNITS / FIREWALL)
     outcome.changed += firewall_host.remove(state_dir, check)
-    if purge:
+    if not check:
+        folders.leave(install_dir, state_dir)
+    users = folders.users(install_dir, state_dir)
+    if purge and users:
+        outcome.changed.append(f"kept {install_dir}: used by {listing(users)} (as {install_dir}/users says)")
+    elif purge:
         outcome.changed += caches.remove(install_dir, check)
-    for folder in ours:
+    for folder in [home, Path(install_dir)] if purge and not users else [home]:
         unfetched = sorted((folder / "runs").glob("*/"))
         if unfetched and not purge:
             outcome.changed += [f"kept {run}: never fetched" for run in unfetched]
@@ -83,6 +87,10 @@ def remove_everything(state_dir: str, install_dir: str, managers: Sequence[str],
     if "systemd" in managers and not set(Systemd.UNITS.glob("pd-*.service")) - set(own):
         for account in accounts.ours():
             for path in accounts.leftovers(account):
+                weights = caches.weights_in(path)
+                if weights:
+                    outcome.changed.append(f"kept {path}: it holds model weights ({weights.name})")
+                    continue
                 outcome.changed.append(f"removed {path}")
                 if not check:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

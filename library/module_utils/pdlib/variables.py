@@ -581,7 +581,13 @@ def _table() -> Dict[str, Variable]:
             minimum=1,
             unit="s",
         ),
-        v("steal_lock", "bool", False, VERB, "Take over the lock of another controller's command that is known to be dead."),
+        v(
+            "steal_lock",
+            "bool",
+            False,
+            VERB,
+            "Take over a lock whose command is dead, where this controller cannot tell; `teardown.yml` also takes another deployment off its hosts.",
+        ),
         v(
             "manifest",
             "dict",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from .errors import UserError, listing
-from .folders import claim
+from .folders import claim, use
 from .managers import tail
 from .processes import alive, work_dir
 from .steps import STEP_S, Outcome
@@ -188,6 +188,7 @@ def step(
         return outcome
     if claim(install_dir, shared) | claim(state_dir, shared):
         outcome.changed.append("made install_dir and state_dir")
+    use(install_dir, state_dir)
     with _locked(install_dir):
         for house, source in (archives or {}).items():
             if not (Path(install_dir) / "wheelhouse" / house).exists():
