@@ -20,6 +20,7 @@ the same 20 *batches*: runs of requests that were sent one after the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +123,17 @@ def independent(values: Floats, batch: Ints) -> float:
     if not half or half <= _SAME * abs(float(values.mean())):
         return float(values.size)
     return min(float(values.size), max(1.0, float(values.var()) * (_Z / half) ** 2))
+
+
+def between(shares: Sequence[float]) -> float:
+    """Return how many independent requests would tell a share as well as runs that found these do; at least one.
+
+    Infinite where they are all the same.
+    """
+    found = np.array(shares)
+    half = _T[min(found.size - 1, len(_T)) - 1] * float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else 0.0
+    mean = float(found.mean()) if found.size else 0.0
+    return max(1.0, mean * (1 - mean) * (_Z / half) ** 2) if half > 0 else math.inf
 
 
 def of_percentile(ordered: Floats, values: Floats, batch: Ints, share: float) -> Interval | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdbench.intervals import BATCHES, Floats, batches, of_mean, of_percentile, ranks, wilson
+from pdbench.intervals import BATCHES, Floats, batches, between, of_mean, of_percentile, ranks, wilson
 
 
 def test_wilson_by_the_book() -> None:
@@ -131,3 +131,10 @@ def test_ends_lie_around_the_figure(values: list[float], share: float) -> None:
         q = float(np.quantile(x, share))
         assert low is None or low <= q + 1e-9 * q
         assert high is None or high >= q - 1e-9 * q
+
+
+def test_runs_tell_a_share_as_well_as_they_agree() -> None:
+    assert between([0.9, 0.9, 0.9]) == math.inf
+    # t of 2 degrees of freedom: 4.303 * 0.05 / sqrt(3) to each side of 0.85
+    assert between([0.8, 0.85, 0.9]) == pytest.approx(0.85 * 0.15 * (1.96 / 0.12422) ** 2, rel=1e-3)
+    assert between([0.1, 0.9]) == 1.0
