@@ -3,7 +3,7 @@
 `--until ttft_p99:5%,tpot_mean:2%` asks for every figure's 95 % interval (`pdbench.intervals`) to reach at most 5 % (2 %) to
 each side, seen in the steady window (`pdbench.steady`) alone. Stopping when an interval is narrow keeps its coverage for
 long runs (Chow and Robbins, Annals of Mathematical Statistics 36, 1965), but each look is a chance to stop on a lucky one:
-look seldom (`next_look`).
+look seldom (`next_look`), and believe two looks in a row (`pdbench.run.looks`).
 """
 
 from __future__ import annotations

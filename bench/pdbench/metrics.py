@@ -150,9 +150,9 @@ def request_rate(record: Record) -> float | None:
 def goodput(records: Sequence[Record], slo: Slo, duration_s: float, gpus: int | None = None) -> dict[str, object] | None:
     """Return the requests that met every limit; None without a limit.
 
-    ``good`` of ``sent`` (failed ones are sent and never good), ``attainment = good / sent`` with Wilson's 95 % interval,
-    ``request_throughput = good / duration`` in requests/s; ``met`` is the share that met each limit alone. TPOT of a
-    one-token answer counts as 0 (goodput.py, ``calculate_goodput``).
+    ``good`` of ``sent`` (failed ones are sent and never good), ``attainment = good / sent`` with Wilson's 95 % interval of
+    the ``independent`` requests that these are worth, ``request_throughput = good / duration`` in requests/s; ``met`` is
+    the share that met each limit alone. TPOT of a one-token answer counts as 0 (goodput.py, ``calculate_goodput``).
 
     The goodput of a *deployment* is the highest rate, per GPU, at which attainment is 90 % (DistServe, OSDI 2024,
     section 2): `pdbench search goodput` looks for it.
@@ -171,18 +171,39 @@ def goodput(records: Sequence[Record], slo: Slo, duration_s: float, gpus: int | 
 
     sent = len(records)
     met = {name: sum(meets(r, name) for r in records) for name in limits}
-    good = sum(all(meets(r, name) for name in limits) for r in records)
+    kept = [all(meets(r, name) for name in limits) for r in records]
+    good = sum(kept)
+    worth = _independent(records, kept, [measures[name][1] for name in limits])
+    ends = intervals.wilson(good / sent * worth, worth) if sent else (0.0, 1.0)
     rate = good / duration_s if duration_s > 0 else 0.0
     return {
         "slo": limits,
         "good": good,
         "sent": sent,
         "attainment": good / sent if sent else 0.0,
-        "attainment_interval": list(intervals.wilson(good, sent)),
+        "attainment_interval": list(ends),
+        "independent": worth,
         "met": {name: count / sent if sent else 0.0 for name, count in met.items()},
         "request_throughput": rate,
         "request_throughput_per_gpu": rate / gpus if gpus else None,
     }
+
+
+def _independent(records: Sequence[Record], kept: Sequence[bool], limited: Sequence[Callable[[Record], float | None]]) -> float:
+    """Return how many independent requests would tell the share of good ones as well as these do.
+
+    The least by being good and by each latency that has a limit: a queue that was short all the time leaves every request
+    good, and only the latencies show that this is one piece of luck.
+    """
+    order = sorted(range(len(records)), key=lambda i: records[i].index)  # what was never sent has no time
+    batch = intervals.batches(len(records))
+    found = [intervals.independent(np.array([kept[i] for i in order], dtype=np.float64), batch)]
+    for value in limited:
+        inside = [(v, b) for i, b in zip(order, batch, strict=True) if records[i].ok and _real(v := value(records[i]))]
+        values, batches = np.array([v for v, _ in inside], dtype=np.float64), np.array([b for _, b in inside], dtype=np.int64)
+        if values.size:  # as a share: failed requests have no latency
+            found.append(len(records) * intervals.independent(values, batches) / values.size)
+    return min(found)
 
 
 def duration_s(records: Sequence[Record]) -> float:

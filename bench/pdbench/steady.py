@@ -34,8 +34,10 @@ _LEAST_ENDED = 20
 _PIECES, _LOOKS = 20, 16
 #: Student's t, one-sided 97.5 %, for the slope of 20 pieces
 _T_SLOPE = 2.101
-#: requests sent in the judged part, at least; share of the rate that must be left over
-_LEAST_SENT, _LEFT_OVER = 100, 0.02
+#: requests sent, at least; share of the rate that must be left over
+LEAST_SENT, _LEFT_OVER = 100, 0.02
+#: ends of the middle part of sending and of ending, and how much longer the latter may last
+_MIDDLE, _LATER = (0.1, 0.9), 1.1
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,17 @@ def saturation(records: Sequence[Record]) -> dict[str, object]:
     """Return ``saturation`` of an open loop: does what is in flight grow without end?
 
     ``oversaturated`` is None where it cannot be told, and ``reason`` says why. ``backlog_growth`` is the slope in requests/s
-    with its 95 % interval, ``sent_rate`` the rate of sending over the same time. Failed requests are left out.
+    with its 95 % interval, ``sent_rate`` the rate of sending over the same time. ``kept_up`` tells in any case whether
+    answers ended about as fast as requests were sent. Failed requests are left out.
     """
     good = [r for r in records if r.ok]
     sent, ended = np.sort([r.sent_s for r in good]), np.sort([r.end_s for r in good])
 
     def unknown(reason: str) -> dict[str, object]:
-        return {"oversaturated": None, "reason": reason}
+        return {"oversaturated": None, "reason": reason, "kept_up": _kept_up(sent, ended)}
 
-    if len(sent) < _LEAST_SENT:
-        return unknown(f"{len(sent)} requests are too few to tell (at least {_LEAST_SENT})")
+    if len(sent) < LEAST_SENT:
+        return unknown(f"{len(sent)} requests are too few to tell (at least {LEAST_SENT})")
     # While the first ones are still being answered, what is in flight grows in any case.
     fill = float(np.median([metrics.e2e_s(r) for r in sorted(good, key=lambda r: r.sent_s)[: len(good) // 10]]))
     span = float(sent[-1] - sent[0])
@@ -162,7 +165,16 @@ def saturation(records: Sequence[Record]) -> dict[str, object]:
         "backlog_growth": slope,
         "backlog_growth_interval": [slope - half, slope + half],
         "sent_rate": rate,
+        "kept_up": _kept_up(sent, ended),
     }
+
+
+def _kept_up(sent: Floats, ended: Floats) -> bool:
+    """Tell whether the middle four fifths of the answers ended within little more time than they were sent in."""
+    if len(sent) < _LEAST_ENDED:
+        return False
+    sending, ending = (float(np.diff(np.quantile(times, _MIDDLE))[0]) for times in (sent, ended))
+    return ending <= _LATER * sending
 
 
 def _slope(times: Floats, values: Floats) -> tuple[float, float]:

@@ -50,6 +50,6 @@ def test_the_variance_within_a_run_is_that_of_runs_alike() -> None:
     many = compare_queue.simulate(np.random.default_rng(14), World(drift=0.0), np.zeros(150), [0] * 150)
     for figure in ("output_throughput_per_gpu", "ttft_ms_mean", "ttft_ms_p50", "e2e_ms_mean", "itl_ms_mean"):
         true = float(np.log(many.figures()[figure]).std(ddof=1))
-        said = np.sqrt([within.variance(within.replicates(many.request_data(i), figure)[0]) for i in range(0, 150, 5)])
+        said = np.sqrt([within.variance(*within.replicates(many.request_data(i), figure)) for i in range(0, 150, 5)])
         # Lengths differ within a run and not between these: what it says can be more, hardly less.
         assert float(np.median(said)) > 0.5 * true, figure

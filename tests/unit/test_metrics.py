@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,7 +113,7 @@ def test_goodput_wants_every_limit_and_counts_failures_as_sent() -> None:
     assert g == {
         "slo": {"ttft_ms": 200, "tpot_ms": 500},
         **{"good": 1, "sent": 4, "attainment": 0.25, "met": {"ttft_ms": 0.5, "tpot_ms": 0.5}},
-        **{"request_throughput": 0.5, "request_throughput_per_gpu": None},
+        **{"independent": 1, "request_throughput": 0.5, "request_throughput_per_gpu": None},
     }
     per_gpu = goodput(records, Slo(ttft_ms=200), 2.0, gpus=4)
     assert per_gpu is not None
@@ -219,3 +221,23 @@ def test_two_windows_have_the_samples_of_the_whole(sends: list[float], cut: floa
     for name in METRICS:
         parts = sorted([*before[name].values, *after[name].values])
         assert parts == pytest.approx(sorted(whole[name].values)), name
+
+
+def test_the_interval_of_attainment_holds_the_truth_though_requests_share_a_queue() -> None:
+    rng, runs, n, load = np.random.default_rng(3), 80, 300, 0.8
+    came = rng.exponential(1 / load, (2000 + n, runs))
+    waits, kept = np.zeros(runs), np.empty((n, runs))
+    for i, gap in enumerate(came):
+        waits = np.maximum(0.0, waits + 1 - gap)
+        if i >= 2000:
+            kept[i - 2000] = waits
+    # 90 % wait for at most 4.96 s; with requests taken for independent, 27 % of the intervals hold that
+    hits = 0
+    for run in kept.T:
+        g: Any = goodput([replace(good(0.0, wait + 0.1), index=i) for i, wait in enumerate(run.tolist())], Slo(ttft_ms=5060), 1.0)
+        low, high = g["attainment_interval"]
+        assert 1 <= g["independent"] <= n
+        hits += low <= 0.9 <= high
+    assert hits >= 0.9 * runs
+    all_failed: Any = goodput([failed(0.0)] * 50, Slo(ttft_ms=1), 1.0)
+    assert all_failed["independent"] == 50

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdbench.cli import main
+from pdbench.metrics import Slo, goodput
+from pdbench.records import Record
 from pdbench.search.goodput import Counts, Step, answer, search, try_rate
+from pdbench.steady import saturation
 
 
 class Cluster:
@@ -59,10 +62,50 @@ def test_limits_out_of_reach_end_the_search() -> None:
 
 def test_a_share_that_is_not_decided_is_measured_again() -> None:
     assert [answer(Counts(good, 100), 0.9) for good in (99, 90, 70)] == ["met", "open", "missed"]
-    answers = iter([Counts(90, 100), Counts(88, 100), Counts(60, 100)])
-    assert try_rate(lambda rate, number: next(answers), 2.0, 0.9, 5) == Step(2.0, Counts(238, 300), 3, False, False)
+    answers = iter([Counts(356, 400), Counts(351, 400), Counts(351, 400)])
+    step = try_rate(lambda rate, number: next(answers), 2.0, 0.9, 5)
+    assert step == Step(2.0, Counts(1058, 1200, independent=1200), 3, False, False)
     close = try_rate(lambda rate, number: Counts(91, 100), 2.0, 0.9, 3)
-    assert (close.met, close.close, close.counts) == (True, True, Counts(273, 300))
+    assert (close.met, close.close, close.counts) == (True, True, Counts(273, 300, independent=300))
+
+
+def test_requests_count_for_what_they_are_worth() -> None:
+    assert answer(Counts(99, 100, independent=10.0), 0.9) == "open"
+    # runs that are far apart: three do not say where their mean lies
+    answers = iter([Counts(360, 400), Counts(370, 400), Counts(270, 400)])
+    step = try_rate(lambda rate, number: next(answers), 2.0, 0.9, 3)
+    assert (step.runs, step.met, step.close) == (3, False, True)
+    assert step.counts.worth < 10
+
+
+class Fifo:
+    """One server that answers 10 requests/s, first come first served; tokens come in time: a limit of TPOT bounds nothing."""
+
+    def __init__(self, requests: int) -> None:
+        self.requests = requests
+
+    def summary(self, rate: float, seed: int) -> dict[str, Any]:
+        rng, now, free, records = np.random.default_rng(seed), 0.0, 0.0, []
+        for i in range(self.requests):
+            now += rng.exponential(1 / rate)
+            free = max(now, free) + 0.1
+            times = [free - 0.02, free - 0.01, free]
+            records.append(
+                Record(0, i, "measure", 9, 3, now, now, times[0], free, times, [1, 1, 1], 9, 3, 0, 200, "length", True)
+            )
+        found = {"goodput": goodput(records, Slo(tpot_ms=50), 1.0), "saturation": saturation(records)}
+        return {"failed": 0, "invalid_reasons": [], "gpus": 1, **found}
+
+
+@pytest.mark.parametrize(("requests", "start"), [(80, 2.0), (300, 100.0), (300, 3.0)])
+def test_no_share_makes_more_than_the_servers_can_do(
+    requests: int, start: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = Fifo(requests)
+    Runs(monkeypatch, made=fifo.summary)
+    ask = ["search", "goodput", "--start", str(start), "--output", str(tmp_path / "s"), *RUN]
+    assert main(ask) == 0
+    assert 8 <= json.loads((tmp_path / "s" / "goodput.json").read_text())["goodput"] <= 12
 
 
 def test_a_backlog_that_grows_misses_whatever_the_share() -> None:
@@ -87,10 +130,13 @@ class Runs:
         code = int(self.more.get("code", 0))
         if code in (0, 3):
             folder.mkdir()
+            if "made" in self.more:
+                (folder / "summary.json").write_text(json.dumps(self.more["made"](rate, int(option["--seed"]))))
+                return subprocess.CompletedProcess(command, code)
             good = round(400 * Cluster(10).share(rate))
             found = {
                 **{"failed": 0, "invalid_reasons": [], "gpus": 4, "goodput": {"good": good, "sent": 400}},
-                **{"saturation": None, **self.more},
+                **{"saturation": {"oversaturated": False}, **self.more},
             }
             (folder / "summary.json").write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, code)
@@ -109,7 +155,9 @@ def test_runs_stand_in_folders_and_are_not_repeated(
     assert 9 <= result["goodput"] <= 10.5
     assert result["goodput_per_gpu"] == result["goodput"] / 4
     assert result["missed_at"] <= 1.05 * result["goodput"] + 1e-9
-    assert result["steps"][0]["counts"] == {"good": 400, "sent": 400, "oversaturated": False}
+    assert result["complete"]
+    counts = result["steps"][0]["counts"]
+    assert counts == {"good": 400, "sent": 400, "oversaturated": False, "independent": 400, "unjudged": ""}
     assert "requests/s, " in capsys.readouterr().out
     seeds = [command[command.index("--seed") + 1] for command in runs.commands]
     assert len(set(seeds)) == len(seeds)  # no prompt is sent twice
@@ -154,6 +202,47 @@ def test_failed_requests_only_miss_their_limits(tmp_path: Path, monkeypatch: pyt
     assert main(["search", "goodput", "--output", str(tmp_path / "s"), *RUN]) == 0
 
 
+def test_a_client_that_gives_out_bounds_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(rate: float, seed: int) -> dict[str, Any]:
+        faults = ["the client did not keep up: 5 ms"] if rate > 30 else []
+        counts = {"goodput": {"good": 400, "sent": 400}, "saturation": {"oversaturated": False}}
+        return {"failed": 0, "invalid_reasons": faults, "gpus": 4, **counts}
+
+    Runs(monkeypatch, made=made)
+    assert main(["search", "goodput", "--output", str(tmp_path / "s"), *RUN]) == 0
+    found = json.loads((tmp_path / "s" / "goodput.json").read_text())
+    assert 28 < found["goodput"] <= 30 < found["missed_at"]
+    assert "cannot be judged: the client did not keep up: 5 ms" in capsys.readouterr().out
+
+
+def test_what_is_known_is_written_and_a_run_that_cannot_be_believed_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = {4.0: ["stopped: by a signal"]}
+
+    def made(rate: float, seed: int) -> dict[str, Any]:
+        good = round(400 * Cluster(10).share(rate))
+        counts = {"goodput": {"good": good, "sent": 400}, "saturation": {"oversaturated": False}}
+        return {"failed": 0, "invalid_reasons": faults.get(rate, []), "gpus": 4, **counts}
+
+    runs = Runs(monkeypatch, made=made)
+    ask = ["search", "goodput", "--output", str(tmp_path / "s"), *RUN]
+    assert main(ask) == 3
+    found = json.loads((tmp_path / "s" / "goodput.json").read_text())
+    assert (found["complete"], found["goodput"], found["missed_at"]) == (False, 2, None)
+    assert "so far: 2 requests/s" in capsys.readouterr().out
+    before = len(runs.commands)
+    faults.clear()
+    assert main(ask) == 0
+    assert (tmp_path / "s" / "rate-4-0.broken-1").is_dir()
+    assert "--request-rate 4 " in " ".join(runs.commands[before])
+    found = json.loads((tmp_path / "s" / "goodput.json").read_text())
+    assert found["complete"]
+    assert 9 <= found["goodput"] <= 10.5
+
+
 def test_a_dry_run_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     runs = Runs(monkeypatch)
     assert main(["search", "goodput", "--start", "3", "--output", str(tmp_path / "s"), "--dry-run", *RUN]) == 0
@@ -182,6 +271,11 @@ def test_an_emulated_engine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["goodput", "--output", "{}", "--share", "1", *RUN], "--share 1: write a number above 0 and below 1"),
         (["goodput", "--output", "{}", "--start", "-2", *RUN], "--start -2: write a number above 0"),
         (["goodput", "--output", "{}", "--repeats", "0", *RUN], "--repeats 0"),
+        (
+            ["goodput", "--output", "{}", *RUN, "--num-requests", "80"],
+            "--num-requests 80: whether a backlog grows cannot be told",
+        ),
+        (["goodput", "--output", "{}", *RUN, "--num-requests=99"], "with fewer than 100"),
         (["latency", "--output", "{}"], "invalid choice"),
     ],
 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pdbench import steady
-from pdbench.enough import Target, enough, next_look, parse
+from pdbench.enough import Target, Verdict, enough, next_look, parse
 from pdbench.load.errors import LoadError
+from pdbench.load.requests import Load
 from pdbench.records import Record
+from pdbench.run import looks
 
 
 def answer(index: int, sent: float, first: float, end: float) -> Record:
@@ -154,3 +158,14 @@ def test_looks_become_rarer() -> None:
         looks.append(next_look(looks[-1]))
     assert looks[1] == 100
     assert len(looks) < 30
+
+
+def test_one_narrow_interval_is_luck_and_two_in_a_row_end_the_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = iter([True, False, True, True, True])
+    ended, load = iter(range(100, 10_000, 100)), Load(None, None, 9_999, 1, concurrency=1)
+    monkeypatch.setattr(looks, "_LOOK_S", 0.0)
+    monkeypatch.setattr(looks, "measured", lambda journal, number: [])
+    monkeypatch.setattr(looks, "enough", lambda *a: Verdict(next(told), {}, "narrow"))
+    watched = looks.Looks(until=parse("ttft_mean:5%")).watch(tmp_path / "j", 0, load, lambda: next(ended))
+    assert asyncio.run(watched) == "known well enough: narrow"
+    assert list(told) == [True]

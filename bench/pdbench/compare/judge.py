@@ -217,7 +217,7 @@ def _by_requests(a: Sequence[Run], b: Sequence[Run], pairs: Sequence[tuple[Run, 
 
 def _noise(runs: Sequence[Run], name: str) -> float:
     """Return the variance within runs of the mean of their logs."""
-    each = [within.variance(within.replicates(run.requests, name)[0]) for run in runs if run.requests is not None]
+    each = [within.variance(*within.replicates(run.requests, name)) for run in runs if run.requests is not None]
     return sum(each) / len(each) ** 2
 
 
@@ -229,7 +229,7 @@ def _paired_noise(pairs: Sequence[tuple[Run, Run]], name: str) -> float:
         (left, pairable), (right, _) = within.replicates(one.requests, name), within.replicates(other.requests, name)
         if not pairable or left.size != right.size:
             return math.nan
-        total += within.variance(right - left)
+        total += within.variance(right - left, by_requests=True)
     return total / len(pairs) ** 2
 
 

@@ -2,7 +2,8 @@
 
 Requests of one run share batches and queues, so the units are the 20 runs of requests that were sent one after the other
 (`pdbench.intervals.batches`). A figure's variance is that of the delete-a-batch jackknife (Shao and Tu, "The Jackknife and
-Bootstrap", section 2.3; for percentiles, deleting one in twenty is enough for it to be consistent). Throughput and goodput
+Bootstrap", section 2.3; for percentiles, deleting one in twenty is enough for it to be consistent), widened as
+`pdbench.intervals` does where neighbouring batches are alike. Throughput and goodput
 are no means over requests: theirs comes from 20 equal spans of the run's time. All of it is on the log scale, so that
 variances are of *relative* differences.
 
@@ -172,9 +173,13 @@ def _quantile(ordered: Floats, share: float) -> float:
     return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
 
 
-def variance(replicated: Floats) -> float:
-    """Return the jackknife's variance from its replicates; NaN when there are none."""
+def variance(replicated: Floats, by_requests: bool) -> float:
+    """Return the jackknife's variance from its replicates; NaN when there are none.
+
+    It is widened where neighbours are alike, ``by_requests``: spans of time share the requests under way anyway.
+    """
     if not replicated.size:
         return math.nan
     off = replicated - replicated.mean()
-    return float((replicated.size - 1) / replicated.size * (off @ off))
+    plain = float((replicated.size - 1) / replicated.size * (off @ off))
+    return plain * intervals.widening(replicated) if by_requests else plain

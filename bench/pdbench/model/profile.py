@@ -116,8 +116,8 @@ class Profile:
 _SHARES = {"compute_efficiency", "bandwidth_efficiency", "tp_efficiency", "mem_fraction"}
 _MAY_BE_ZERO = {
     *("kv_lora_rank", "rope_dim", "experts", "experts_per_token", "windowed_layers", "window", "prefill_overhead_ms"),
-    *("decode_overhead_ms", "decode_us_per_request", "frontend_us_per_token", "frontend_us_per_request", "latency_ms", "request_ms"),
-    *("setup_ms", "startup_s", "bootstrap_interval_s", "reserved_decode_tokens"),
+    *("decode_overhead_ms", "decode_us_per_request", "frontend_us_per_token", "frontend_us_per_request", "latency_ms"),
+    *("request_ms", "setup_ms", "startup_s", "bootstrap_interval_s", "reserved_decode_tokens"),
 }
 
 

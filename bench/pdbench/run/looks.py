@@ -17,7 +17,8 @@ from pdbench.records import MEASURE, Record, read_jsonl
 
 #: seconds between looks at how far a point is
 _LOOK_S = 0.5
-#: looks in a row that must find a point over-saturated: one is wrong once in forty where it is not
+#: looks in a row that must find a point over-saturated (one is wrong once in forty where it is not), or known well enough
+#: (the first narrow interval is often a lucky one)
 _CERTAIN = 2
 
 
@@ -35,7 +36,7 @@ class Looks:
 
     async def watch(self, journal: Path, number: int, load: Load, done: Callable[[], int]) -> str:
         """Return why point ``number`` may end, once it may; ``done`` tells how many of its requests have ended."""
-        began, at, sure = perf_counter(), next_look(0), 0
+        began, at, sure, known = perf_counter(), next_look(0), 0, 0
         while (spent := perf_counter() - began) < self.max_time_s:
             await asyncio.sleep(min(_LOOK_S, self.max_time_s - spent))
             if done() < at or not (self.until or self.saturated):
@@ -49,7 +50,8 @@ class Looks:
             if self.until:
                 verdict = await asyncio.to_thread(enough, records, self.until, load.concurrency)
                 print(f"pdbench: {verdict.message}", file=sys.stderr, flush=True)
-                if verdict.done:
+                known = known + 1 if verdict.done else 0
+                if known == _CERTAIN:
                     return f"known well enough: {verdict.message}"
         return f"after {self.max_time_s:g} s"
 

@@ -15,6 +15,8 @@ from pdbench.turns import by_turn
 
 #: tokens an event up to which it counts as holding one: a character can take two tokens
 _ONE_TOKEN = 1.05
+#: how a reason begins that the load generator is to blame for
+SLOW_CLIENT = "the client did not keep up"
 Json = dict[str, object]
 
 
@@ -192,12 +194,10 @@ def _slow_client(bounds: Bounds, client: Mapping[str, object]) -> list[str]:
     ):
         p99 = cast(Stats, client[key])["p99"]
         if p99 is not None and p99 > limit:
-            found.append(f"the client did not keep up: its {what} by {p99:.0f} ms (p99; bound {limit:g} ms)")
+            found.append(f"{SLOW_CLIENT}: its {what} by {p99:.0f} ms (p99; bound {limit:g} ms)")
     delivered = cast("float | None", client["delivered_load"])
     if delivered is not None and delivered < bounds.delivered:
-        found.append(
-            f"the client did not keep up: it delivered {delivered:.0%} of the configured load (bound {bounds.delivered:.0%})"
-        )
+        found.append(f"{SLOW_CLIENT}: it delivered {delivered:.0%} of the configured load (bound {bounds.delivered:.0%})")
     return found
 
 

@@ -16,17 +16,20 @@ from typing import Any
 from pdbench.engines import no_gpu
 from pdbench.reading import json_of
 from pdbench.records import write_json
+from pdbench.run.summary import SLOW_CLIENT
 from pdbench.search.goodput import Counts, Outcome, Step, search
+from pdbench.steady import LEAST_SENT
 from pdbench.verbs import ends_by_code
 
 Json = dict[str, Any]
 _OWN = ("--request-rate", "--concurrency", "--batch", "--time-scale", "--output", "--seed", "--recover")
-_EPILOG = """Everything after -- goes to `pdbench run`, limits included (--slo-ttft-ms, --slo-tpot-ms, --slo-e2e-ms):
+_EPILOG = f"""Everything after -- goes to `pdbench run`, limits included (--slo-ttft-ms, --slo-tpot-ms, --slo-e2e-ms):
 
   pdbench search goodput --start 2 --output DIR -- --url http://127.0.0.1:8000 --model NAME --isl 512 --osl 128 \\
       --num-requests 300 --slo-ttft-ms 500 --slo-tpot-ms 30
 
-The same command again goes on where it was stopped. Result: DIR/goodput.json.
+Whether a backlog grows takes {LEAST_SENT} requests to tell, so --num-requests is at least that; more decide more.
+The same command again goes on where it was stopped. Result, or what is known of it so far: DIR/goodput.json.
 exit codes: 0 found, 3 a run cannot be believed, 2 bad usage, 1 could not measure."""
 
 
@@ -53,9 +56,7 @@ def main(argv: list[str]) -> int:
             print(f"then:   rates doubled or halved from {args.start:g}/s, each in up to {args.repeats} runs")
             return 0
         runs.begin()
-        limits = (args.share, args.tolerance, args.repeats, args.highest)
-        found = search(runs.measure, args.start, *limits, told=lambda step: _tell(step, args.share))
-        return _finish(args, runs, found)
+        return _finish(args, _searched(args, runs))
     except Stop as why:
         print(f"pdbench search: {why}", file=sys.stderr)
         return why.code
@@ -65,6 +66,32 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("pdbench search: stopped; the same command goes on from here", file=sys.stderr)
         return 1
+
+
+def _searched(args: argparse.Namespace, runs: Runs) -> Outcome:
+    """Search and write what was found, also when the search is stopped; say it after the steps."""
+    found = Outcome()
+
+    def told(step: Step) -> None:
+        found.steps.append(step)
+        _tell(step, args.share)
+        # A bound by the client is one only where something is known below it.
+        if step.counts.unjudged.startswith(SLOW_CLIENT) and found.rate is None:
+            raise Stop(3, f"at {step.rate:g}/s the run cannot be believed: {step.counts.unjudged}; take a lower --start")
+
+    try:
+        search(runs.measure, args.start, args.share, args.tolerance, args.repeats, args.highest, told)
+    except (Stop, KeyboardInterrupt):
+        if found.steps:
+            _write(args, runs, found, complete=False)
+            print(f"so far: {_bracket(found, runs, args.share)}")
+        raise
+    _write(args, runs, found, complete=True)
+    if found.rate is not None:
+        print(f"goodput: {_bracket(found, runs, args.share)}")
+    if runs.no_gpu:
+        print(f"{runs.no_gpu}: this says nothing about hardware")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +123,9 @@ def _check(args: argparse.Namespace, options: Sequence[str]) -> None:
     taken = [name for name in _OWN if name in given]
     if taken:
         raise Stop(2, f"{', '.join(taken)}: the search sets this itself; leave it out after --")
+    count = _value(options, "--num-requests")
+    if count.isdecimal() and int(count) < LEAST_SENT:
+        raise Stop(2, f"--num-requests {count}: whether a backlog grows cannot be told with fewer than {LEAST_SENT}")
     if not any(option.startswith("--slo-") for option in given):
         raise Stop(2, "no limit is set: write --slo-ttft-ms, --slo-tpot-ms or --slo-e2e-ms after --")
 
@@ -134,25 +164,24 @@ class Runs:
         """Run once, or read what a former search measured; raise Stop when that cannot be believed."""
         place = self._place(rate, number)
         summary = place / "summary.json"
-        if not summary.exists():
-            if place.exists():  # the run was broken off
+        if not _kept(summary):
+            if place.exists():  # the run was broken off, stopped, or not to be believed
                 place.rename(self._unused(place))
             code = subprocess.run(self.command(rate, number), check=False).returncode
             if code not in (0, 3):
                 raise Stop(code if code in (1, 2) else 1, f"`pdbench run` at {rate:g}/s ended with exit code {code}")
         found: Json = json_of(summary.read_text(encoding="utf-8"))
-        self._believe(rate, found, summary)
-        self.gpus = found.get("gpus")
-        goodput = found["goodput"]
-        return Counts(goodput["good"], goodput["sent"], bool((found.get("saturation") or {}).get("oversaturated")))
-
-    def _believe(self, rate: float, found: Json, summary: Path) -> None:
-        # A request that fails is one that misses its limits; anything else is no answer to what was asked.
-        other = [why for why in found["invalid_reasons"] if not (found["failed"] and "requests failed" in why)]
+        faults = _faults(found)
+        other = [why for why in faults if not why.startswith(SLOW_CLIENT)]
         if other:
             raise Stop(3, f"at {rate:g}/s the run cannot be believed: {other[0]} ({summary})")
         if not found.get("goodput"):
             raise Stop(3, f"{summary} has no goodput: it was measured without limits")
+        self.gpus = found.get("gpus")
+        goodput, saturation = found["goodput"], found.get("saturation") or {}
+        unjudged = faults[0] if faults else _unjudged(saturation)
+        grew = saturation.get("oversaturated") is True
+        return Counts(goodput["good"], goodput["sent"], grew, goodput.get("independent"), unjudged)
 
     def _place(self, rate: float, number: int) -> Path:
         return self._folder / f"rate-{rate:g}-{number}"
@@ -162,18 +191,46 @@ class Runs:
         return next(name for name in names if not name.exists())
 
 
+def _kept(summary: Path) -> bool:
+    """Tell whether a former start has measured what this summary says."""
+    try:
+        return not _faults(json_of(summary.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _faults(found: Json) -> list[str]:
+    # A request that fails is one that misses its limits; anything else is no answer to what was asked.
+    return [why for why in found["invalid_reasons"] if not (found["failed"] and "requests failed" in why)]
+
+
+def _unjudged(saturation: Json) -> str:
+    """Return why a run does not show that the servers keep up with its rate, "" when it does."""
+    known = saturation.get("oversaturated") is not None
+    if saturation.get("oversaturated") or saturation.get("kept_up", known):
+        return ""
+    if known:
+        return "answers ended more slowly than requests were sent; more requests tell whether the backlog grows"
+    return f"whether the backlog grows is not known: {saturation.get('reason', 'it was not looked at')}"
+
+
 def _seed(rate: float, number: int) -> int:
     return zlib.crc32(f"{rate:g} {number}".encode())
 
 
+def _value(options: Sequence[str], name: str) -> str:
+    """Return what an option of `pdbench run` was given last, "" without it."""
+    given = [value for option, value in pairwise((*options, "")) if option == name]
+    joined = [option.partition("=")[2] for option in options if option.startswith(f"{name}=")]
+    return (joined + given or [""])[-1]
+
+
 def _no_gpu(options: Sequence[str]) -> str:
     """Return why the figures say nothing about hardware, as far as the plan tells; "" when they may."""
-    joined = [option.partition("=")[2] for option in options if option.startswith("--plan=")]
-    split = [value for option, value in pairwise(options) if option == "--plan"]
     try:
-        plan = json_of(Path((joined + split)[0]).read_text(encoding="utf-8"))
+        plan = json_of(Path(_value(options, "--plan")).read_text(encoding="utf-8"))
         return no_gpu(bool(plan.get("emulated")), bool(plan.get("on_cpu")))
-    except (IndexError, OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return ""  # `pdbench run` says what is wrong with it
 
 
@@ -181,15 +238,44 @@ def _tell(step: Step, share: float) -> None:
     low, high = step.interval
     verdict = "meets" if step.met else "misses"
     why = "; the backlog grew" if step.counts.oversaturated else "; close" if step.close else ""
+    if unjudged := _unknown(step, share):
+        verdict, why = "cannot be judged by", f"; {unjudged}"
     got = step.counts.good / max(1, step.counts.sent)
     found = f"{got:.1%} [{low:.1%}, {high:.1%}] of {step.counts.sent} requests"
     print(f"{step.rate:g}/s {verdict} {share:.0%}: {found}{why}", flush=True)
 
 
-def _finish(args: argparse.Namespace, runs: Runs, found: Outcome) -> int:
+def _unknown(step: Step, share: float) -> str:
+    """Return why a step could not be judged, "" where it was: of a share that is missed nothing else need be known."""
+    why = step.counts.unjudged
+    return why if why.startswith(SLOW_CLIENT) or step.interval[1] >= share else ""
+
+
+def _finish(args: argparse.Namespace, found: Outcome) -> int:
+    if found.rate is None:
+        why = _unknown(min(found.steps, key=lambda step: step.rate), args.share) or "limits out of reach"
+        raise Stop(1, f"no rate from {args.start:g}/s down to {found.above:g}/s meets {args.share:.0%}: {why}")
+    return 0
+
+
+def _bracket(found: Outcome, runs: Runs, share: float) -> str:
+    """Return the highest rate that was met and what bounds it, in words."""
+    end = min((step for step in found.steps if not step.met), key=lambda step: step.rate, default=None)
+    bound = "nothing higher was tried"
+    if end:
+        why = _unknown(end, share)
+        bound = f"{end.rate:g}/s cannot be judged: {why}" if why else f"missed at {end.rate:g}/s"
+    if found.rate is None:
+        return f"no rate was met, {bound}"
+    per_gpu = f", {found.rate / runs.gpus:.3g}/s per GPU ({runs.gpus} GPUs)" if runs.gpus else ""
+    return f"{found.rate:g} requests/s{per_gpu}, {bound}"
+
+
+def _write(args: argparse.Namespace, runs: Runs, found: Outcome, complete: bool) -> None:
     rate = found.rate
     result = {
         "schema": 1,
+        "complete": complete,
         "share": args.share,
         "goodput": rate,
         "goodput_per_gpu": rate / runs.gpus if rate is not None and runs.gpus else None,
@@ -199,11 +285,3 @@ def _finish(args: argparse.Namespace, runs: Runs, found: Outcome) -> int:
         "steps": [{**asdict(step), "interval": list(step.interval)} for step in found.steps],
     }
     write_json(args.output / "goodput.json", result)
-    if rate is None:
-        raise Stop(1, f"no rate from {args.start:g}/s down to {found.above:g}/s meets {args.share:.0%}: limits out of reach")
-    per_gpu = f", {rate / runs.gpus:.3g}/s per GPU ({runs.gpus} GPUs)" if runs.gpus else ""
-    bound = f"missed at {found.above:g}/s" if found.above is not None else "nothing higher was tried"
-    print(f"goodput: {rate:g} requests/s{per_gpu}, {bound}")
-    if runs.no_gpu:
-        print(f"{runs.no_gpu}: this says nothing about hardware")
-    return 0
