@@ -61,7 +61,7 @@ changes: {description: What was done., returned: always, type: list, sample: [st
 import base64
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.pdlib import folders, keys, reconcile, teardown
+from ansible.module_utils.pdlib import folders, keys, reconcile, steps, teardown
 from ansible.module_utils.pdlib.errors import UserError
 
 
@@ -117,7 +117,11 @@ def main() -> None:
     except UserError as error:
         module.fail_json(msg=str(error))
     module.exit_json(
-        changed=bool(outcome.changed), done=outcome.done, message=outcome.message, changes=outcome.changed, diff=outcome.diff
+        changed=steps.changed(outcome.changed),
+        done=outcome.done,
+        message=outcome.message,
+        changes=outcome.changed,
+        diff=outcome.diff,
     )
 
 

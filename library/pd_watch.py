@@ -14,7 +14,7 @@ options:
   job:
     description:
       - "A JSON file on the controller: C(rule) (the fields of pdlib.autoscale.Rule), C(every_s), C(until) and C(rest_until) (Unix
-        times, null for none), C(unfit) (ratios that are not asked for, by the deployed ratio), C(log), C(pid) (the watch ends with that process)."
+        times, null for none), C(unfit) (pairs of ratios, from and to, of changes that are not asked for), C(log), C(pid) (the watch ends with that process)."
     type: path
     required: true
   state_dir: {description: State directory of the router's host., type: path, required: true}

@@ -25,7 +25,7 @@ from ansible.utils.display import Display
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "library" / "module_utils"))
 
-from pdlib import keys  # noqa: E402
+from pdlib import keys, steps  # noqa: E402
 from pdlib.errors import UserError  # noqa: E402
 
 display = Display()
@@ -150,7 +150,9 @@ class ActionModule(ActionBase):
                 )
             changes += [change for change in result.get("changes", []) if change not in changes]
             diff += result.get("diff") or []
-            result.update(changes=changes, diff=diff, changed=bool(changes), seconds=round(time.monotonic() - started, 1))
+            result.update(
+                changes=changes, diff=diff, changed=steps.changed(changes), seconds=round(time.monotonic() - started, 1)
+            )
             result.pop("invocation", None)
             if result.get("failed") or result.get("unreachable") or result.get("done"):
                 return dict(result)

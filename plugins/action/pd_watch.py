@@ -92,7 +92,7 @@ class ActionModule(ActionBase):
         leave = autoscale.step(plan)
         move = rule.decide(time.monotonic(), seen, leave)
         wanted = autoscale.next_ratio(plan, move) if move else None
-        ratio = "" if wanted in job["unfit"].get(plan["ratio"], []) else wanted or ""
+        ratio = "" if [plan["ratio"], wanted] in job["unfit"] else wanted or ""
         self._note(
             job, ratio=plan["ratio"], says=autoscale.words(rule.rule, seen), pressures=autoscale.pressures(rule.rule, seen),
             wish=autoscale.wish(rule.rule, seen, leave), to=ratio or None, unfit=None if ratio else wanted, seen=vars(seen),

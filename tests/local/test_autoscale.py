@@ -88,8 +88,15 @@ def test_a_dry_run_changes_nothing(deployed: Checkout, tmp_path: Path) -> None:
         time.sleep(3)
         done = begin(deployed, "autoscale", *PROMISED, *PACE, "--dry-run", "--for", "20", "--output", str(tmp_path / "o"))
         said, _ = done.communicate(timeout=90)
-    assert done.returncode == 0, said
-    assert "prefill wants a worker, so 2p1d it would be" in said
+        assert done.returncode == 0, said
+        assert "prefill wants a worker, so 2p1d it would be" in said
+        assert "1p2d -> 2p1d: it fits (rebalance.yml --check)" in said
+        # What rebalance.yml refuses is no change to wish for.
+        limited = [*PROMISED, *PACE, "--dry-run", "-l", "gh200", "--for", "30", "--output", str(tmp_path / "limited")]
+        said, _ = begin(deployed, "autoscale", *limited).communicate(timeout=90)
+        assert "1p2d -> 2p1d: not possible: " in said, said
+        assert "--limit leaves out" in said
+        assert "prefill wants a worker, but 2p1d is not possible" in said
     assert deployed.pids() == before
 
 

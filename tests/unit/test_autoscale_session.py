@@ -157,18 +157,19 @@ def test_a_ratio_that_the_hosts_have_no_room_for_is_said_once_and_not_wished_for
     )
     assert run(monkeypatch, tmp_path / "o", script) == 0
     assert script.asked == []
-    assert script.left_out == [{}, {"1p2d": ["2p1d"]}]
+    assert script.left_out == [[], [["1p2d", "2p1d"]]]
     said = capsys.readouterr().out
     assert "1p2d -> 2p1d: not possible: no GPU is left for prefill-1 (rebalance.yml --check)" in said
     assert "prefill wants a worker, but 2p1d is not possible" in said
     assert (tmp_path / "o" / session.PICTURE).stat().st_size > 5000
 
 
-def test_a_host_that_cannot_be_reached_now_is_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_refused_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(session, "UNFIT_S", 0.0)
     script = Plays([([WANTS], ""), ([WANTS], ""), OVER], [], {"2p1d": (4, "h2: timed out")})
     assert run(monkeypatch, tmp_path / "o", script) == 0
     assert script.checked == ["2p1d", "2p1d"]
-    assert script.left_out[-1] == {}
+    assert script.left_out == [[], [], []]
     assert script.asked == []
 
 

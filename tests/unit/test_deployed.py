@@ -75,6 +75,8 @@ def test_a_live_command_of_the_same_controller_is_waited_for(state: str) -> None
     for part in ("deploy of ann on here (pid 100), since 2", "UTC", "wait for it"):
         assert part in message
     assert "steal_lock" not in message, "there is nothing to steal from a command that runs"
+    with pytest.raises(UserError, match=r"wait for it$"):
+        deployed.lock(state, AGAIN, [100, 200], True)
 
 
 def test_a_dead_command_of_the_same_controller_is_taken_over(state: str) -> None:

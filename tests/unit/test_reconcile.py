@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlib import ask, keys, managers, processes, reconcile, role_switch, units
+from pdlib import ask, keys, managers, processes, reconcile, role_switch, steps, units
 from pdlib.errors import UserError
 from pdlib.folders import claim
 from pdlib.managers import Status, Supervisord
@@ -372,11 +372,22 @@ def test_a_unit_that_was_ready_may_be_started_anew(home: Path) -> None:
 def test_what_became_of_units_since_a_deploy_started_them(home: Path) -> None:
     assert reconcile.became(str(home), "supervisord") == {}
     step(home, A, B, unit("pd-router", "r"))
-    assert set(reconcile.became(str(home), "supervisord").values()) == {"same"}
+    assert set((reconcile.became(str(home), "supervisord") or {}).values()) == {"same"}
     UNITS["pd-prefill-0"] = ("running", 2**22 + 999)
     UNITS["pd-decode-0"] = ("dead", 0)
     wanted = {"pd-prefill-0": "anew", "pd-decode-0": "ended", "pd-router": "same"}
     assert reconcile.became(str(home), "supervisord") == wanted
+
+
+def test_a_manager_that_does_not_answer_says_of_no_unit_that_it_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else healthy ranks of a worker over several hosts would be restarted with those of which nothing is known."""
+    step(home, A)
+
+    def silent(*arguments: object) -> None:
+        raise UserError("systemctl show: timed out")
+
+    monkeypatch.setitem(managers.MANAGERS, "supervisord", silent)
+    assert reconcile.became(str(home), "supervisord") is None
 
 
 def test_a_unit_that_stopped_by_itself_is_started(home: Path) -> None:
@@ -589,3 +600,9 @@ def test_the_end_of_a_log(tmp_path: Path) -> None:
     log.write_bytes(b"\xff\n" + b"x" * 200_000 + b"\n" + b"\n".join(b"line %d" % i for i in range(10)))
     assert managers.tail(log, 3) == "line 7\nline 8\nline 9"
     assert processes.ours(str(tmp_path)) == []
+
+
+def test_what_a_step_kept_is_no_change() -> None:
+    assert not steps.changed(["kept /opt/pd: used by /b on n1"])
+    assert steps.changed(["kept /opt/pd: used by /b on n1", "removed /a"])
+    assert not steps.changed([])

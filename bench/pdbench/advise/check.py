@@ -25,6 +25,7 @@ from pdbench.model.cluster import Prompt
 from pdbench.model.profile import Profile
 from pdbench.reading import json_of
 from pdbench.records import MEASURE
+from pdbench.sweep import asked as asking
 from pdbench.sweep import checkout as checkout  # pdlib comes from there
 from pdbench.sweep import tidy
 from pdlib import ratio as ratios
@@ -136,7 +137,12 @@ def work_of(row: Row) -> Work:
         rate = row["request_rate"]
         if closed is None and pd.isna(rate):
             raise ValueError("without its records nobody knows when a trace's requests were due")
-        due = [0.0] * len(asked) if closed else schedule("poisson", float(rate), len(asked), random.Random(0))
+        said = asking.read(row.get("asked"))
+        odd = [name.replace("_", " ") for name in ("shared_prefix", "conversation", "request_rate_to", "trace") if said.get(name)]
+        if odd:
+            raise ValueError(f"without its records its {odd[0]} cannot be simulated")
+        arrival = said.get("arrival", "poisson")
+        due = [0.0] * len(asked) if closed else schedule(arrival, float(rate), len(asked), random.Random(0))
     if closed is None and any(math.isnan(at) for at in due):
         raise ValueError("requests of conversations wait for answers, which is not simulated")
     first = min(due) if closed is None else 0.0

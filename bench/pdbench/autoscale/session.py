@@ -26,8 +26,10 @@ LOG, PICTURE = "autoscale.jsonl", "autoscale.png"
 #: so many failures in a row, of changes or of attempts to watch, and a human is needed
 FAILED, UNWATCHED = 2, 6
 _LINE_S = 10.0
-#: what a play says when somebody else holds the deployment's lock; its exit code when it refuses or a task fails
-_HELD, _REFUSED = "is being changed by", 2
+#: what a play says when somebody else holds the deployment's lock
+_HELD = "is being changed by"
+#: a change that was refused is not asked for again for so long
+UNFIT_S = 600.0
 
 
 class SessionOverError(Exception):
@@ -48,9 +50,9 @@ class Session:
         #: the ratio that was last seen, and the one that the rule asks for
         self.ratio: str | None = None
         self.to = ""
-        #: ratios that `rebalance.yml` refused, and those that it would make, by the one that was deployed
-        self.unfit: dict[str, list[str]] = {}
-        self.fit: dict[str, list[str]] = {}
+        #: changes (from, to) that `rebalance.yml --check` agreed to, and those that it refused, until when
+        self.fit: set[tuple[str | None, str]] = set()
+        self.unfit: dict[tuple[str | None, str], float] = {}
         self._read = 0
         begin = {"at": round(time.time(), 1), "kind": "begin", "schema": 1, "rule": asdict(rule), "every_s": args.every}
         self._note({**begin, "dry_run": args.dry_run})
@@ -79,9 +81,9 @@ class Session:
         raise SessionOverError(play.why)
 
     def fits(self, ratio: str) -> bool:
-        """Return whether `rebalance.yml --check` agrees; what it refuses is not asked for again from the same deployed ratio."""
-        of = self.ratio or ""
-        if ratio in self.fit.get(of, []):
+        """Return whether `rebalance.yml --check` agrees to a change; what it refuses is not asked for again for a while."""
+        change = (self.ratio, ratio)
+        if change in self.fit:
             return True
         begun = time.time()
         play = plays.Play(
@@ -97,9 +99,11 @@ class Session:
         }
         self._note({**entry, "ok": play.rc == 0, "why": play.why})
         self.tell()
-        if play.rc in (0, _REFUSED):
-            (self.unfit if play.rc else self.fit).setdefault(of, []).append(ratio)
-        return play.rc == 0
+        if play.rc == 0:
+            self.fit.add(change)
+            return True
+        self.unfit[change] = time.time() + UNFIT_S
+        return False
 
     def change(self, ratio: str) -> bool | None:
         """Run `rebalance.yml`; the first Ctrl-C does not cut it off.
@@ -162,9 +166,10 @@ class Session:
         return self.folder / plays.SCRATCH
 
     def _job(self) -> Json:
+        unfit = [change for change, until in self.unfit.items() if until > time.time()]
         return {
             "rule": asdict(self.rule), "every_s": self.args.every, "until": self.until, "rest_until": self.rest_until,
-            "unfit": self.unfit, "log": str(self.log.resolve()), "pid": os.getpid(),
+            "unfit": unfit, "log": str(self.log.resolve()), "pid": os.getpid(),
         }  # fmt: skip
 
     def _note(self, entry: Json) -> None:

@@ -98,7 +98,7 @@ class Simulation:
         """
         self._cluster, self._message_s, self._every_token = cluster, message_s, every_token
         for worker in (*cluster.prefill, *cluster.decode, *cluster.aggregated):
-            worker.every_token = every_token
+            self._take_in(worker)
         for sender in cluster.prefill if warm else ():
             for place in range(len(cluster.decode)):
                 sender.connect(f"decode-{place}")
@@ -158,10 +158,13 @@ class Simulation:
         self._open[role].append(len(pool))
         pool.append(worker)
         self._workers.append(worker)
-        worker.every_token = self._every_token
+        self._take_in(worker)
         for sender in self._cluster.prefill:
             for place in range(len(self._cluster.decode)):
                 sender.connect(f"decode-{place}")
+
+    def _take_in(self, worker: Worker) -> None:
+        worker.every_token, worker.outside_s = self._every_token, worker.rates.profile.engine.request_ms / 1e3
 
     def leave(self, worker: Worker) -> None:
         """Forget a worker that was closed and is idle."""

@@ -64,7 +64,8 @@ class Gpu:
 class Engine:
     """How well an engine uses a GPU, and its limits. Units are in the names; efficiencies are shares of the GPU's peak.
 
-    `request_ms`: what a request spends outside of scheduler and GPU (router, HTTP, tokenizer, sockets), which keeps nobody busy.
+    `request_ms`: what a request spends outside of scheduler and GPU (router, HTTP, tokenizer, sockets), which keeps nobody busy;
+    in virtual time alone, as emulated workers have real ones before them.
     """
 
     compute_efficiency: float

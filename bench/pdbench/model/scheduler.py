@@ -50,6 +50,8 @@ class Worker:
         self.links = Links(rates)
         self.states: Counter[State] = Counter()
         self.slow_down_s = 0.0
+        #: what a request takes to come here, in s: only where no router, HTTP and sockets take their own time
+        self.outside_s = 0.0
         #: without it, only the first and the last token of a request leave: all that some simulations ask for
         self.every_token = True
         self.on_step: Callable[[Step], None] | None = None
@@ -58,7 +60,6 @@ class Worker:
         self.retracted = self.hit_tokens = self.asked_tokens = 0
         self._frontend_token = rates.profile.engine.frontend_us_per_token / 1e6
         self._frontend_request = rates.profile.engine.frontend_us_per_request / 1e6
-        self._outside = rates.profile.engine.request_ms / 1e3
         self._frontend_free = -FOREVER
         self._tokens: deque[Token] = deque()  # on their way through the front end, in order of time
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -86,10 +87,10 @@ class Worker:
         self._catch_up(now)
         request.arrived = now
         self.states["frontend"] += 1
-        if not self._frontend_request + self._outside:
+        if not self._frontend_request + self.outside_s:
             return self._enter(now, request)
         self._frontend_free = max(self._frontend_free, now) + self._frontend_request
-        self._at(self._frontend_free + self._outside, lambda at: self._enter(at, request))
+        self._at(self._frontend_free + self.outside_s, lambda at: self._enter(at, request))
         return None
 
     def grant(self, now: float, request: Request) -> None:

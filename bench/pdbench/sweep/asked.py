@@ -46,6 +46,8 @@ def of(point: Mapping[str, Any], summary: Mapping[str, Any], manifest: Mapping[s
         return ""
     found = {name: point[name] for name in POINT if point.get(name) not in (None, False)}
     found |= {name: summary[name] for name in _RUN if summary.get(name)}
+    if manifest.get("bench_duration") and not {"concurrency", "batch"} & {name for name in point if point[name]}:
+        found.setdefault("duration", float(manifest["bench_duration"]))  # older summaries do not say it
     if "duration" in found:
         del found["num_requests"]  # how many arrive in it is drawn
     for name in found.keys() & _FILES.keys():

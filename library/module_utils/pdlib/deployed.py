@@ -52,17 +52,18 @@ def lock(state_dir: str, owner: Mapping[str, Any], live_pids: Sequence[int], ste
     """Take the deployment's lock for ``owner`` ({"controller", "place", "sees_all", "pid", "user", "verb"}).
 
     ``live_pids``: processes of the owner's controller that are alive. A lock whose command is known to be dead is taken
-    over; one of which that cannot be known only with ``steal``. Raises UserError naming who holds it.
+    over; one of which that cannot be known only with ``steal``, and one that is known to be alive never. Raises UserError
+    naming who holds it.
     """
     claim(state_dir)
     folder = Path(state_dir)
     with open(folder / "lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         holder = peek(state_dir)
-        if holder and not _same(holder, owner) and not steal and not dead(holder, owner, live_pids):
+        known = bool(holder) and _together(holder or {}, owner) and (holder or {})["pid"] in live_pids
+        if holder and not _same(holder, owner) and (known or not steal) and not dead(holder, owner, live_pids):
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
             who = f"{holder['verb']} of {holder['user']} on {holder['controller']} (pid {holder['pid']}), since {since}"
-            known = _together(holder, owner) and holder["pid"] in live_pids
             hint = "" if known else "; if it is known to be dead, add -e steal_lock=true"
             raise UserError(f"the deployment is being changed by {who}: wait for it{hint}")
         write(folder / "lock.json", json.dumps({**owner, "since": time.time()}) + "\n", 0o600)

@@ -42,13 +42,16 @@ def _read_record(path: Path) -> Json:
         return {}
 
 
-def became(state_dir: str, manager: str) -> Dict[str, str]:
-    """Return what became of each unit that a deploy started here: its process is the ``same``, another ``anew``, or ``ended``."""
+def became(state_dir: str, manager: str) -> Optional[Dict[str, str]]:
+    """Return what became of each unit that a deploy started here: its process is the ``same``, another ``anew``, or ``ended``.
+
+    None where the service manager does not say.
+    """
     record = _read_record(Path(state_dir) / _RECORD)
     try:
         status = MANAGERS[manager](state_dir, "", "").status() if record else {}
     except (UserError, OSError):
-        return {}
+        return None
     pids = {name: status[name].pid if name in status else 0 for name in record}
     return {name: "ended" if not pid else "same" if pid == record[name].get("pid") else "anew" for name, pid in pids.items()}
 

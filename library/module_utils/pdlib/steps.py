@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 Json = Dict[str, Any]
 #: How long one step may take; the caller prints a progress line between steps.
@@ -22,3 +22,8 @@ class Outcome:
     changed: List[str] = field(default_factory=list)
     diff: List[Json] = field(default_factory=list)
     lacks: List[str] = field(default_factory=list)
+
+
+def changed(lines: Sequence[str]) -> bool:
+    """Return whether something of what a step says was a change: what it kept was none."""
+    return any(not line.startswith("kept ") for line in lines)
