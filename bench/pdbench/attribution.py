@@ -116,9 +116,9 @@ def _parts(engine: Engine, workers: Workers, requests: int) -> list[Json]:
 
 
 def _of_stage(workers: Workers, stage: Stage, requests: int) -> Mean | None:
-    """Return the mean of a stage; None when one of its timers says nothing."""
+    """Return the mean of a stage; None when one of its timers says nothing, or prefill's E2E, which it is a part of, does not."""
     means = [mean for timer in stage.times if (mean := _of_role(workers, timer, requests))]
-    if len(means) < len(stage.times):
+    if len(means) < len(stage.times) or not all(_of_role(workers, timer, requests) for timer in stage.less if timer.whole):
         return None
     within = sum(mean.seconds for timer in stage.less if (mean := _of_role(workers, timer, requests)))
     # Means of two workers' clocks and requests: their difference can fall below nothing by a little.

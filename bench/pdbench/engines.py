@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timer:
-    """A histogram of one role's workers: counter names without ``_sum`` and ``_count`` (the first that is shown is taken)."""
+    """A histogram of one role's workers: counter names without ``_sum`` and ``_count`` (the first that is shown is taken).
+
+    ``whole``: all of a request's time, so that there is no telling its parts apart without it.
+    """
 
     role: str
     names: tuple[str, ...]
     unit_s: float = 1.0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def _sglang_stage(role: str, stage: str, *others: str) -> Timer:
 # are over, so that stage is no time of the transfer: decode may have the KV cache long before. Decode meets prefill, waits for
 # memory (allocation), tells prefill, and waits for the KV cache (`decode_transferred`): what of that is none of prefill's is
 # the transfer. What decode has to say then waits in the router for prefill's answer (`prefill_answer`).
-_SGLANG_E2E = Timer("prefill", ("sglang:e2e_request_latency_seconds",))
+_SGLANG_E2E = Timer("prefill", ("sglang:e2e_request_latency_seconds",), whole=True)
 _SGLANG_QUEUE = Timer("prefill", ("sglang:queue_time_seconds",))
 _SGLANG_FORWARD = _sglang_stage("prefill", "prefill_forward")
 _SGLANG_ANSWERS = _sglang_stage("prefill", "prefill_transfer_kv_cache")

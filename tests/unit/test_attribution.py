@@ -127,6 +127,15 @@ def test_what_waits_for_prefills_answer_is_neither_the_routers_nor_the_transfers
     }
 
 
+def test_without_prefills_own_time_nothing_is_reckoned_from_it() -> None:
+    pages = apart(0.090)
+    metrics = pages["after"]["workers"]["prefill-0"]["metrics"]
+    pages["after"]["workers"]["prefill-0"]["metrics"] = {name: value for name, value in metrics.items() if "e2e_" not in name}
+    parts = split(attribute(pages, answers(10, 0.144)))
+    assert [parts[name] for name in ("bootstrap", "kv_transfer", "prefill_answer")] == [None, None, None]
+    assert parts["prefill_forward"] == pytest.approx(30.0)
+
+
 def test_a_router_that_does_not_wait_for_prefill_leaves_no_such_stage() -> None:
     parts = split(attribute(apart(0.090), answers(10, 0.061)))
     assert parts["prefill_answer"] == 0
