@@ -16,6 +16,7 @@ from typing import Any
 from ansible import context
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
+from ansible.template import Templar
 from ansible.utils.display import Display
 from ansible.utils.vars import load_extra_vars
 
@@ -93,6 +94,7 @@ class ActionModule(ActionBase):
             given |= {name: self._key(name, given[name], current if as_deployed else None) for name in keys.SHARED}
             by_host[host] = settings.host_settings(host, {**given, **inherited}, extra)
         settings.check_inventory_names({host: self._own_names(hostvars, host) for host in ours})
+        self._check_connections(hostvars, ours)
         plan_inputs.check_group_names(groups)
         cluster = settings.cluster_settings(by_host)
         local = [h for h in ours if hostvars[h].get("ansible_connection") == "local"]
@@ -308,6 +310,29 @@ class ActionModule(ActionBase):
             return {"address": planner.address(clients[0]), "port": cluster["bench_meet_port"]} if len(clients) > 1 else {}
         except UserError:
             return {}
+
+    def _check_connections(self, hostvars: Any, hosts: list[str]) -> None:
+        """Refuse what says how a host is reached, and says something else where a task is delegated to it.
+
+        Ansible renders a delegated host's variables with the inventory_hostname of the host that delegates
+        (VariableManager.get_delegated_vars_and_hostname): the lock and the plan would go to another host.
+        """
+        for host in hosts:
+            raw = dict(hostvars.raw_get(host))
+            for name, value in raw.items():
+                if name.startswith("ansible_") and isinstance(value, str) and "{{" in value:
+                    own, other = (self._rendered(value, {**raw, "inventory_hostname": who}) for who in (host, f"not-{host}"))
+                    if own != other:
+                        raise UserError(
+                            f"{name} of {host} depends on inventory_hostname, which is another host's where Ansible delegates a "
+                            f"task to {host}, so that it would reach that one: give every host its own, {name}: {own}"
+                        )
+
+    def _rendered(self, value: str, variables: dict[str, Any]) -> str:
+        try:
+            return str(Templar(loader=self._loader, variables=variables).template(value))
+        except AnsibleError as error:
+            return f"({type(error).__name__})"
 
     @staticmethod
     def _own_names(hostvars: Any, host: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from lab import network
@@ -187,11 +188,22 @@ def test_a_limit_needs_no_facts_of_the_other_hosts(serving: Controller) -> None:
     inventory = pd.home / "tests/lab/inventory/hosts.yml"
     text = inventory.read_text()
     row = next(line for line in text.splitlines() if line.strip().startswith("address:"))
-    inventory.write_text(text.replace(row, f"    ansible_host: {row.split(':', 1)[1].strip()}"))
     before = pids()
+    own = pd.home / "tests/lab/inventory/host_vars"
+    own.mkdir()
     try:
+        # Rendered for another host where a task is delegated: the lock would be taken on the wrong one.
+        inventory.write_text(text.replace(row, f"    ansible_host: {row.split(':', 1)[1].strip()}"))
+        refused = pd.play("deploy_pd.yml")
+        assert refused.code != 0
+        assert "ansible_host of h1 depends on inventory_hostname" in refused.words
+        assert "ansible_host: 10.77.0.11" in refused.words
+        inventory.write_text(text.replace(row, ""))
+        for number in range(1, 5):
+            (own / f"h{number}.yml").write_text(f"ansible_host: 10.77.0.{10 + number}\n")
         pd.play("deploy_pd.yml").good()
         assert pd.play("deploy_pd.yml", "-l", "h1,h3").good().changed == {"h1": 0, "h3": 0}
     finally:
         inventory.write_text(text)
+        shutil.rmtree(own)
     assert pids() == before

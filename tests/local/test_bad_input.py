@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from local.conftest import Checkout
 
@@ -120,6 +122,35 @@ def test_a_misspelt_inventory_variable_is_refused(checkout: Checkout) -> None:
         assert "did you mean rdma_devices?" in failed.text
     finally:
         path.write_text(before)
+
+
+#: `address` by way of which inventory_hostname comes in, or a name of each host's own
+REACHED = """
+all:
+  vars:
+    domain: x.invalid
+    address: "{{ inventory_hostname }}.{{ domain }}"
+    ansible_host: "{{ WAY }}"
+    gpus: 2
+    rdma_fabric: none
+    engine: emulated
+    model: emulated/qwen2.5-3b
+  children:
+    prefill_nodes: {hosts: {n1: {node: n1}}}
+    decode_nodes: {hosts: {n2: {node: n2}}}
+    router: {hosts: {n1: }}
+    bench_clients: {hosts: {n1: }}
+"""
+
+
+def test_hosts_that_are_reached_by_another_one_s_name_are_refused(checkout: Checkout, tmp_path: Path) -> None:
+    """Ansible delegates with the name of the host that delegates: the lock would be taken on another host than the router's."""
+    file, words = tmp_path / "hosts.yml", ("-e", f"plan_dir={tmp_path / 'plan'}")
+    for way, wrong in (("address", True), ("inventory_hostname", True), ("node ~ '.' ~ domain", False)):
+        file.write_text(REACHED.replace("WAY", way))
+        done = checkout.play("plan.yml", "-i", str(file), *words)
+        assert (done.code != 0) == wrong, done.text
+        assert ("ansible_host of n1 depends on inventory_hostname" in " ".join(done.text.split())) == wrong
 
 
 def test_plan_writes_and_removes_only_its_own_files(checkout: Checkout) -> None:
