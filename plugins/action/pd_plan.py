@@ -49,6 +49,8 @@ from pdlib.variables import BENCH, ONLY_TYPED, VARIABLES, VERB  # noqa: E402
 display = Display()
 
 
+#: Variables that say where a host is. No others are rendered to look at them: some are passwords, or lookups that make one.
+WHERE = ("ansible_host", "ansible_port")
 #: Verbs that send a load to what is deployed.
 MEASURING = ("bench", "profile")
 
@@ -312,15 +314,15 @@ class ActionModule(ActionBase):
             return {}
 
     def _check_connections(self, hostvars: Any, hosts: list[str]) -> None:
-        """Refuse what says how a host is reached, and says something else where a task is delegated to it.
+        """Refuse what says where a host is, and says something else where a task is delegated to it.
 
         Ansible renders a delegated host's variables with the inventory_hostname of the host that delegates
         (VariableManager.get_delegated_vars_and_hostname): the lock and the plan would go to another host.
         """
         for host in hosts:
             raw = dict(hostvars.raw_get(host))
-            for name, value in raw.items():
-                if name.startswith("ansible_") and isinstance(value, str) and "{{" in value:
+            for name, value in ((name, raw.get(name)) for name in WHERE):
+                if isinstance(value, str) and "{{" in value:
                     own, other = (self._rendered(value, {**raw, "inventory_hostname": who}) for who in (host, f"not-{host}"))
                     if own != other:
                         raise UserError(

@@ -131,6 +131,7 @@ all:
     domain: x.invalid
     address: "{{ inventory_hostname }}.{{ domain }}"
     ansible_host: "{{ WAY }}"
+    ansible_become_password: "{{ lookup('ansible.builtin.password', folder ~ '/' ~ inventory_hostname) }}"
     gpus: 2
     rdma_fabric: none
     engine: emulated
@@ -147,8 +148,12 @@ def test_hosts_that_are_reached_by_another_one_s_name_are_refused(checkout: Chec
     """Ansible delegates with the name of the host that delegates: the lock would be taken on another host than the router's."""
     file, words = tmp_path / "hosts.yml", ("-e", f"plan_dir={tmp_path / 'plan'}")
     for way, wrong in (("address", True), ("inventory_hostname", True), ("node ~ '.' ~ domain", False)):
-        file.write_text(REACHED.replace("WAY", way))
+        file.write_text(REACHED.replace("WAY", way).replace("folder ~", f"'{tmp_path}/made' ~"))
         done = checkout.play("plan.yml", "-i", str(file), *words)
+        # Ansible renders that of the task's own host; we neither ask for another one's nor show any.
+        made = {path.name: path.read_text().strip() for path in (tmp_path / "made").glob("*")}
+        assert made.keys() <= {"n1"}
+        assert not [secret for secret in made.values() if secret in done.text]
         assert (done.code != 0) == wrong, done.text
         assert ("ansible_host of n1 depends on inventory_hostname" in " ".join(done.text.split())) == wrong
 

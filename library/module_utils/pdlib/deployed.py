@@ -60,12 +60,13 @@ def lock(state_dir: str, owner: Mapping[str, Any], live_pids: Sequence[int], ste
     with open(folder / "lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         holder = peek(state_dir)
-        known = bool(holder) and _together(holder or {}, owner) and (holder or {})["pid"] in live_pids
-        if holder and not _same(holder, owner) and (known or not steal) and not dead(holder, owner, live_pids):
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
-            who = f"{holder['verb']} of {holder['user']} on {holder['controller']} (pid {holder['pid']}), since {since}"
-            hint = "" if known else "; if it is known to be dead, add -e steal_lock=true"
-            raise UserError(f"the deployment is being changed by {who}: wait for it{hint}")
+        if holder and not _same(holder, owner):
+            known = _together(holder, owner) and holder["pid"] in live_pids
+            if known or not (steal or dead(holder, owner, live_pids)):
+                since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
+                who = f"{holder['verb']} of {holder['user']} on {holder['controller']} (pid {holder['pid']}), since {since}"
+                hint = "" if known else "; if it is known to be dead, add -e steal_lock=true"
+                raise UserError(f"the deployment is being changed by {who}: wait for it{hint}")
         write(folder / "lock.json", json.dumps({**owner, "since": time.time()}) + "\n", 0o600)
 
 
